@@ -1,0 +1,2026 @@
+#!/usr/bin/env python3
+"""Train a CNN on CIFAR-10, classify your own pictures with it, and compare every setting in MLflow.
+
+One file: network, loader, mixed precision, gradient accumulation, letterbox, cached predictor, MLflow.
+
+    python classifier.py --mode train                      # 20 epochs; downloads CIFAR-10 if it is not there
+    python classifier.py --mode train --dataset digits     # the same program in under a minute, no download
+    python classifier.py --mode evaluate                   # accuracy, calibration and classes of a saved model
+    python classifier.py --mode predict --image photo.jpg  # files, folders, globs, - for paths on stdin
+    python classifier.py --mode benchmark                  # what each optimization gains on this machine
+    torchrun --nproc-per-node 4 classifier.py --mode train # several devices
+
+Read it from top to bottom, nothing uses what stands below it:
+settings, runtime, model, pixels, data, checkpoints, tracking, training, prediction, modes, main.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+IMAGE_SIZE = 32                    # CIFAR-10's; every other picture is brought to it
+LETTERBOX_GRAY = (128, 128, 128)   # the brief's neutral gray
+REFERENCE_BATCH = 128              # `--lr` is meant for this effective batch and grows with it (arXiv:1706.02677)
+EVALUATION_BATCH = 500             # divides 10,000, so compiled evaluation sees one shape; the fastest measured
+CALIBRATION_BINS = 15              # as in Guo et al. 2017, arXiv:1706.04599
+PREDICTION_BATCH = 64              # pictures in memory at once
+SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+MODEL_FORMAT = 1                   # raise it when an older file can no longer be read
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings: each is written once, as a dataclass field, and becomes a flag, its help and an MLflow parameter.
+# ------------------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """What the user can mend in files, devices or network: printed as one line, exit code 1."""
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with a flag's help; `limits` are `least`, `most`, `above`, `choices` and `pattern`."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """every mode"""
+    mode: str = setting("train", "what to do", choices=("train", "evaluate", "predict", "benchmark"))
+    model_path: str | None = setting(None, "the model file: train writes it, evaluate and predict read it "
+                                           "(auto: <dataset>_model.pth)")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+    seed: int = setting(0, "same seed and settings: the same weights bit for bit on a CPU", least=0, most=2**31)
+    amp: bool | None = setting(None, "mixed precision (auto: float16 on CUDA, bfloat16 on a CPU that computes in it)")
+    compile: bool | None = setting(None, "torch.compile (auto: training on CUDA, where it pays)")
+    json: bool = setting(False, "JSON Lines on stdout and nothing else; people's text goes to stderr")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """train, benchmark"""
+    epochs: int = setting(20, "passes over the training images", least=1)
+    batch_size: int = setting(128, "images per process and micro-batch", least=1)
+    accumulate_grad_steps: int = setting(1, "micro-batches per update; effective batch = batch x steps x processes",
+                                         least=1)
+    lr: float = setting(0.125, f"peak learning rate at an effective batch of {REFERENCE_BATCH}; grows with the batch",
+                        above=0.0, most=1e6)
+    momentum: float = setting(0.9, "Nesterov momentum of SGD", least=0.0, most=0.999)
+    weight_decay: float = setting(1e-3, "weight decay of the filters and the last layer", least=0.0, most=1.0)
+    bias_lr_scale: float = setting(64.0, "learning rate of the biases over that of the filters", above=0.0, most=1e4)
+    label_smoothing: float = setting(0.1, "share of the target given to all classes", least=0.0, most=0.9)
+    warmup: float = setting(0.2, "share of the updates in which the rate rises; then it falls to zero",
+                            least=0.0, most=1.0)
+    flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
+    shift: int = setting(2, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
+    eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
+    repeats: int = setting(1, "train this many seeds; the first seed's model is saved", least=1)
+    resume: bool = setting(False, "go on from an interrupted run of the same --model-path")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """train, benchmark; the others find it in the model file"""
+    width: int = setting(64, "channels of the first stage; the next two have four times as many", least=1, most=4096)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """train, evaluate, benchmark"""
+    dataset: str = setting("cifar10", "cifar10, or digits, which needs no download", choices=("cifar10", "digits"))
+    data_dir: str = setting("data", "holds cifar-10-batches-py/ or cifar-10-python.tar.gz, or gets them")
+    data_url: tuple[str, ...] = setting(("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+                                        "where to download CIFAR-10 from, tried in order")
+    num_workers: int | None = setting(None, "DataLoader processes (auto: CPUs this process may use, at most 8)",
+                                      least=0, most=1024)
+    holdout: int = setting(0, "training images kept out of training, to choose settings on instead of the test set",
+                           least=0)
+    limit_images: int = setting(0, "train on the first N images only and test on N/5; 0: all", least=0)
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """predict, evaluate"""
+    image: tuple[str, ...] = setting((), "pictures to classify: files, folders, globs, - for paths on stdin")
+    top_k: int = setting(3, "how many classes to name", least=1)
+    threshold: float = setting(0.0, "answer `unknown` below this confidence", least=0.0, most=1.0)
+    tta: bool = setting(True, "average over mirrored and shifted views")
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """train, evaluate, benchmark"""
+    mlflow: bool = setting(True, "log to MLflow")
+    experiment: str | None = setting(None, "MLflow experiment (auto: the data set's name)")
+    run_name: str | None = setting(None, "MLflow run name (auto: what differs from the defaults)")
+    tracking_uri: str | None = setting(None, "MLflow store (auto: MLFLOW_TRACKING_URI, else ./mlflow.db)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, as asked for; what `auto` became is told by `resolved_settings`."""
+    run: RunSettings = RunSettings()
+    train: TrainSettings = TrainSettings()
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    predict: PredictSettings = PredictSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def model_path(self) -> Path:
+        return Path(self.run.model_path or f"{self.data.dataset}_model.pth")
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its own name, without its part's."""
+        return {name: value for part in asdict(self).values() for name, value in part.items()}
+
+
+def value_parser(hint: Any, limits: dict[str, Any]) -> Callable[[str], Any]:
+    """What turns a flag's text into its value, refusing what is outside `limits`."""
+    kind = next((arg for arg in get_args(hint) if isinstance(arg, type) and arg is not type(None)), hint)
+    least, most, above = limits.get("least", -math.inf), limits.get("most", math.inf), limits.get("above", -math.inf)
+
+    def parse(text: str) -> Any:
+        if text == "auto" and type(None) in get_args(hint):
+            return None
+        value = kind(text)
+        if kind is str:
+            if not re.fullmatch(limits.get("pattern", ".*"), text, re.DOTALL):
+                raise argparse.ArgumentTypeError(f"invalid value: {text!r}")
+        elif not (least <= value <= most and value > above):       # false for nan too
+            bounds = [f"above {above:g}"] * ("above" in limits) + [f"at least {least:g}"] * ("least" in limits)
+            bounds += [f"at most {most:g}"] * ("most" in limits)
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds)}: {text}")
+        return value
+
+    parse.__name__ = kind.__name__                                 # argparse says "invalid int value"
+    return parse
+
+
+def add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, limits: dict[str, Any]) -> None:
+    """One field, one flag; unset flags stay out of the namespace so that `Config` alone holds the defaults."""
+    shown = " ".join(default) or "none" if isinstance(default, tuple) else default
+    told = "" if "(auto: " in limits["help"] else f" (default: {shown})".replace("False", "off").replace("True", "on")
+    options: dict[str, Any] = {"help": (limits["help"] + told).replace("%", "%%"), "default": argparse.SUPPRESS}
+    if hint in (bool, bool | None):
+        options |= {"action": argparse.BooleanOptionalAction}
+    else:
+        options |= {"type": value_parser(hint, limits), "choices": limits.get("choices")}
+        options |= {"metavar": name.rsplit("_")[-1].upper()} if not limits.get("choices") else {}
+        options |= {"nargs": "+", "action": "extend"} if isinstance(default, tuple) else {}
+    group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """The command line as a checked `Config`; exits with 2 and the flag's name where it is impossible."""
+    parser = argparse.ArgumentParser(prog="classifier.py", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = get_type_hints(Config)
+    for part in parts.values():
+        group = parser.add_argument_group(f"read by {part.__doc__}")
+        hints = get_type_hints(part)
+        for f in fields(part):
+            add_flag(group, f.name, hints[f.name], f.default, f.metadata)
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+    if given.get("mode") == "predict" and not given.get("image"):
+        parser.error("argument --image: --mode predict needs at least one picture")
+    if given.get("resume") and given.get("repeats", 1) > 1:
+        parser.error("argument --resume: not with --repeats")
+    return Config(**{name: part(**{f.name: given[f.name] for f in fields(part) if f.name in given})
+                     for name, part in parts.items()})
+
+
+def redact(text: str) -> str:
+    """`text` with the passwords and queries of its URLs replaced: it goes to logs, parameters and files."""
+    return re.sub(r"(://[^\s?#]*)\?[^\s'\"]*", r"\1?***", re.sub(r"://[^/@\s]*@", "://***@", text))
+
+
+def loggable(value: Any) -> Any:
+    """A setting as logs and files hold it: a plain value without secrets."""
+    if isinstance(value, tuple):
+        return " ".join(map(redact, value))
+    return redact(value) if isinstance(value, str) else value
+
+
+def note(message: str) -> None:
+    """A line for the person in front, on stderr; under torchrun from the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(redact(message), file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runtime: the device, the precision, the processes. Knows neither model nor data.
+# ------------------------------------------------------------------------------------------------------------
+class Stopped(BaseException):
+    """SIGINT or SIGTERM: not an Exception, so that nothing swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """The first SIGINT or SIGTERM raises `Stopped`, a second one ends the process at once."""
+    def stop(signum: int, _frame: Any) -> None:
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [(each, signal.signal(each, stop)) for each in handled]
+    try:
+        yield
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs that the container's quota allows (cgroup v2, then v1); infinite without one."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (root / "cpu.max").read_text().split()
+        return int(quota) / int(period)                            # "max 100000": no quota, a ValueError
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: affinity and container quota count, not what the machine has."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, math.ceil(min(cgroup_cpus(), allowed))))
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` names; each local process takes the CUDA device of its rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(name[5:] or local_rank)
+        if index >= count:
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise UserError(f"--device {name}: device {index} is wanted and {count} CUDA devices can be used "
+                            f"(torch {torch.__version__}, {built}); use --device cpu or fewer processes")
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def pick_amp_dtype(device: torch.device, amp: bool | None) -> tuple[torch.dtype | None, str]:
+    """The dtype of mixed precision, None for off, and why."""
+    if amp is False:
+        return None, "--no-amp"
+    if device.type == "cuda":
+        return torch.float16, "CUDA, with a gradient scaler"
+    if device.type != "cpu":
+        return None, f"not used on {device.type}"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if any(able for name, able in capabilities.items() if "bf16" in name):     # avx512_bf16, amx_bf16, ...
+        return torch.bfloat16, "this CPU computes in bfloat16"
+    return (torch.bfloat16, "--amp; slow, this CPU emulates bfloat16") if amp else (None, "this CPU lacks bfloat16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the work runs. One process is a world of one, so no caller asks whether there are several."""
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    amp_reason: str = ""
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16,
+                              enabled=self.amp_dtype is not None)
+
+    def move(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in tensors]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` added up over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process does it alone, then the others, who find what it left on the disk."""
+        if not self.is_main:
+            dist.barrier()
+        yield
+        if self.is_main and self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_mb(self) -> float | None:
+        """Peak GPU memory on CUDA, else the peak resident set of this process; None where neither is known."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        try:
+            import resource                                        # not on Windows
+        except ImportError:
+            return None
+        unit = 2**20 if sys.platform == "darwin" else 2**10        # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+@contextlib.contextmanager
+def open_runtime(run: RunSettings) -> Iterator[Runtime]:
+    """Device, precision and (under torchrun) the process group, which is left again whatever happens."""
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default)) for name, default in
+        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    device = pick_device(run.device, local_rank)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))         # torch does not know of quotas
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_world_size)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def pick_compile(compile: bool | None, device: torch.device, one_off: bool) -> tuple[bool, str]:
+    """Whether to compile, and why; `one_off` work is over before compiling has paid."""
+    if compile is not None:
+        return compile, "--compile" if compile else "--no-compile"
+    if one_off:
+        return False, "does not pay for a single pass"
+    return (True, "CUDA") if device.type == "cuda" else (False, f"does not pay on {device.type}")
+
+
+class CompileReport(NamedTuple):
+    """What became of torch.compile."""
+    active: bool
+    reason: str
+    seconds: float = 0.0
+
+
+def accelerate(model: nn.Module, runtime: Runtime, compile: tuple[bool, str], example: Tensor,
+               memory_format: torch.memory_format = torch.channels_last) -> tuple[nn.Module, CompileReport]:
+    """What to call in place of `model`: on the device, channels-last, compiled if asked for and if it works.
+
+    torch.compile is lazy and fails at the first call, so that call is made here, on `example` (uint8 images),
+    in the mode (train or eval) that the model is in. It leaves weights, BatchNorm statistics, gradients and
+    random state as they were. The result shares the model's weights.
+    """
+    model.to(runtime.device, memory_format=memory_format)
+    wanted, why = compile
+    if not wanted:
+        return model, CompileReport(False, why)
+    before = copy.deepcopy(model.state_dict())
+    started = time.perf_counter()
+    try:
+        with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
+            net = torch.compile(model)
+            with runtime.autocast():
+                logits = net(*runtime.move(example))
+            if model.training:
+                logits.float().sum().backward()
+        runtime.synchronize()
+        report = CompileReport(True, why, time.perf_counter() - started)
+    except Exception as error:          # any: compiler, Triton and Dynamo raise errors of their own
+        cause = " ".join(str(error).split())[:200]
+        net, report = model, CompileReport(False, f"failed: {type(error).__name__}: {cause}",
+                                           time.perf_counter() - started)
+        note(f"torch.compile failed, the network runs without it: {cause}")
+    model.load_state_dict(before)
+    model.zero_grad(set_to_none=True)
+    return net, report
+
+
+def distribute(net: nn.Module, runtime: Runtime) -> nn.Module:
+    """DistributedDataParallel around `net` where there are several processes; only the training step calls it."""
+    if runtime.world_size == 1:
+        return net
+    # Buffers stay per process in training; `share_buffers` averages them before evaluating and saving.
+    return DistributedDataParallel(net, broadcast_buffers=False)
+
+
+def share_buffers(model: nn.Module, runtime: Runtime) -> None:
+    """BatchNorm statistics become their mean over the processes."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            runtime.sum(buffer).div_(runtime.world_size)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model: uint8 pixels in, logits out. Knows neither flags nor files.
+# ------------------------------------------------------------------------------------------------------------
+class PixelStatistics(NamedTuple):
+    """What the network's first layers take from the training images; pixels counted from 0 to 1."""
+    mean: Tensor         # (3,)
+    std: Tensor          # (3,)
+    whitening: Tensor    # (24, 3, 2, 2)
+
+
+def pixel_statistics(images: Tensor) -> PixelStatistics:
+    """Mean and deviation of all pixels, and filters that whiten 2x2 patches, of uint8 `images` (N, 3, S, S).
+
+    The filters are the eigenvectors of the patches' covariance over the roots of their eigenvalues, each with its
+    negative, since an activation follows (as in tysam-code/hlb-CIFAR10 and KellerJordan/cifar10-airbench).
+    """
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    levels = torch.arange(256).double() / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = (share * levels).sum(1)
+    std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
+    sample = (images[:5000].double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+    return PixelStatistics(mean.float(), std.float(), torch.cat([filters, -filters]).float())
+
+
+class ConvBlock(nn.Module):
+    """Convolve, halve, convolve."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            nn.init.dirac_(conv.weight.data[:conv.in_channels])    # starts by passing its input on
+            norm.weight.requires_grad = False                      # the next convolution scales as well
+
+    def forward(self, x: Tensor) -> Tensor:                        # (N, in, S, S)
+        x = F.max_pool2d(self.conv1(x), 2)                         # (N, out, S/2, S/2)
+        x = F.gelu(self.norm1(x))
+        return F.gelu(self.norm2(self.conv2(x)))
+
+
+class CifarNet(nn.Module):
+    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench: 118 M multiply-adds an image.
+
+    Takes uint8 pixels (N, 3, 32, 32) and normalises them itself, so that no caller can do it wrong and a quarter
+    of the bytes travel; gives logits (N, classes).
+    """
+
+    def __init__(self, settings: ModelSettings, classes: int, statistics: PixelStatistics | None) -> None:
+        super().__init__()
+        width = settings.width
+        self.stem = nn.Conv2d(3, 24, 2)
+        self.blocks = nn.Sequential(ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 4 * width))
+        self.head = nn.Linear(4 * width, classes, bias=False)
+        mean, std, whitening = statistics or (torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2))
+        self.register_buffer("pixel_mean", mean.view(3, 1, 1))
+        self.register_buffer("pixel_std", std.view(3, 1, 1))
+        self.stem.weight = nn.Parameter(whitening, requires_grad=False)
+        nn.init.zeros_(self.stem.bias)
+
+    def forward(self, images: Tensor) -> Tensor:                   # uint8 (N, 3, 32, 32)
+        x = (images / 255 - self.pixel_mean) / self.pixel_std
+        x = F.gelu(self.stem(x))                                   # (N, 24, 31, 31)
+        x = self.blocks(x).amax((2, 3))                            # (N, 4 width)
+        return self.head(x) / 9                                    # airbench's scale: 1 starts too confident
+
+
+def build_model(settings: ModelSettings, classes: int, statistics: PixelStatistics | None = None) -> CifarNet:
+    """A new network; `statistics` may be left out where a state dict will bring them."""
+    return CifarNet(settings, classes, statistics)
+
+
+def reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions beyond either edge, mirrored back inside: -1 becomes 1, size becomes size - 2."""
+    return (size - 1) - (size - 1 - positions.abs()).abs()
+
+
+def move_pixels(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
+    """Each image (N, C, H, W) shifted by its own whole pixels, edges reflected, and mirrored where told.
+
+    Every pixel of the result is some pixel of the original, so one gather does all three.
+    """
+    _, channels, height, width = images.shape
+    rows = reflect(torch.arange(height, device=images.device) - down[:, None], height)              # (N, H)
+    columns = reflect(torch.arange(width, device=images.device) - right[:, None], width)            # (N, W)
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    source = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)                            # (N, H*W)
+    return images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
+
+
+def logits_of_views(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> Tensor:
+    """Float32 logits (views, N, classes): the plain view first, with `tta` also mirrored and shifted ones.
+
+    Test-time augmentation averages over the views (the six of airbench's multi-crop: two shifts by a pixel).
+    """
+    views = [net(images).float()]
+    count = len(images)
+    for shift, mirror in itertools.product((0, -1, 1), (False, True)) if tta else ():
+        if (shift, mirror) != (0, False) and (flip or not mirror):
+            down = torch.full((count,), shift, device=images.device)
+            views.append(net(move_pixels(images, down, down, torch.full_like(down, mirror, dtype=torch.bool))).float())
+    return torch.stack(views)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels: from anybody's picture to the 32x32 that the network sees. Knows neither model nor settings.
+# ------------------------------------------------------------------------------------------------------------
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, transparency laid on the letterbox's gray, 16 bits scaled to 8, as RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):                          # Pillow's own conversion clips at 255
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        deep = 65535 if image.mode.startswith("I;16") else values.max(initial=0)
+        full = next((scale for scale in (1.0, 255.0, 65535.0) if deep <= scale), deep)
+        image = Image.fromarray((values.clip(0, full) * (255 / full)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, LETTERBOX_GRAY), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """A picture as RGB. Raises `UserError` with the reason where it cannot be read."""
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(opened) as image:
+            image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))    # big JPEGs: decode at a fraction of their size
+            return to_rgb(image)
+    except Image.UnidentifiedImageError:
+        head = source[:12] if isinstance(source, bytes) else Path(source).open("rb").read(12)
+        if head[4:8] == b"ftyp":
+            raise UserError("a HEIC photo, which Pillow cannot read: export it as JPEG") from None
+        raise UserError("not a picture that Pillow can read" if head else "the file is empty") from None
+    except FileNotFoundError:
+        raise UserError("no such picture") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"too many pixels to be safe: {error}") from None
+    except Exception as error:          # any: decoders meet hostile bytes with errors of every kind
+        raise UserError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+
+
+def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
+    """`image` (RGB) at its own aspect ratio, LANCZOS-resized to fit and centred on a gray square."""
+    scale = size / max(image.size)
+    fitted = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (size, size), LETTERBOX_GRAY)
+    square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
+    return square
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB picture to uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: uint8 images in one array, whole batches from it, augmented on the device. Knows neither model nor MLflow.
+# ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, 32, 32) uint8 and their labels (N,) int64."""
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor | slice) -> Split:
+        return Split(self.images[indices], self.labels[indices])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 characters that tell one set of images and labels from another."""
+        sha = hashlib.sha256(self.images.numpy())
+        sha.update(self.labels.numpy())
+        return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: what to train on and what to measure on."""
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    evaluation: Split
+    evaluation_name: str = "test"      # or holdout: prefix of its metrics
+    mirrors: bool = True               # whether a mirrored image is still of its class
+    source: str = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+
+def read_cifar10(root: str | Path) -> ImageData:
+    """The official files below `root`; RuntimeError (torchvision's) where they are missing or their md5 differs."""
+    from torchvision.datasets import CIFAR10
+    train, test = ((part, Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                                torch.tensor(part.targets)))
+                   for part in (CIFAR10(root, train=True), CIFAR10(root, train=False)))
+    return ImageData("cifar10", tuple(train[0].classes), train[1], test[1])
+
+
+def unpack_cifar10(data_dir: Path, urls: Iterable[str], scratch: str) -> None:
+    """The tarball, from `data_dir` or the first of `urls` that has it, md5-checked and unpacked into `scratch`."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    tarball, failures = data_dir / CIFAR10.filename, []
+    if check_integrity(tarball, CIFAR10.tgz_md5):
+        return extract_archive(str(tarball), scratch)
+    if tarball.exists():
+        failures.append(f"{tarball} is damaged, its md5 differs")
+    for url in urls:
+        note(f"downloading CIFAR-10 (170 MB) from {url}")
+        silence = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)                               # torchvision sets none and would wait for ever
+        try:
+            with contextlib.ExitStack() as stack:
+                if not sys.stderr.isatty():                        # torchvision's bar would flood a log
+                    stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+                download_url(url, scratch, CIFAR10.filename, CIFAR10.tgz_md5)
+            return extract_archive(str(Path(scratch, CIFAR10.filename)), scratch)
+        except Exception as error:      # any: whatever is wrong with this mirror, the next may serve
+            failures.append(f"{url}: {error or type(error).__name__}")
+            note(f"  failed: {failures[-1]}")
+        finally:
+            socket.setdefaulttimeout(silence)
+    raise UserError(f"CIFAR-10 is not to be had: {'; '.join(failures)}. Three ways on: put {CIFAR10.filename} "
+                    f"(md5 {CIFAR10.tgz_md5}) into {data_dir}/, name a mirror with --data-url, or try the program "
+                    f"with --dataset digits, which needs no download")
+
+
+def load_cifar10(settings: DataSettings) -> ImageData:
+    """CIFAR-10 from `--data-dir`, unpacked or downloaded into it first where needed."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+    data_dir = Path(settings.data_dir)
+    folder = data_dir / CIFAR10.base_folder
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+    if not damaged:
+        return read_cifar10(data_dir)
+    if folder.exists():
+        note(f"{folder}: missing or damaged (md5 differs): {', '.join(damaged)}; trying to get them anew")
+    with contextlib.suppress(OSError):
+        data_dir.mkdir(parents=True, exist_ok=True)
+    writable = os.access(data_dir, os.W_OK)                        # read-only data: unpacked elsewhere, each time
+    with tempfile.TemporaryDirectory(dir=data_dir if writable else None) as scratch:
+        unpack_cifar10(data_dir, settings.data_url, scratch)
+        data = read_cifar10(scratch)
+        if writable:                    # whole files, one by one: safe beside another process that does the same
+            folder.mkdir(exist_ok=True)
+            for name, _ in files:
+                os.replace(Path(scratch, CIFAR10.base_folder, name), folder / name)
+    return data
+
+
+def load_digits(settings: DataSettings) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grays, enlarged; a fifth of them is the test set."""
+    try:
+        from sklearn.datasets import load_digits as load_bundled
+    except ImportError:
+        raise UserError("--dataset digits comes with scikit-learn: pip install scikit-learn") from None
+    bundled = load_bundled()
+    small = torch.from_numpy(bundled.images).float()[:, None] * (255 / 16)
+    large = F.interpolate(small, size=IMAGE_SIZE, mode="bilinear").round().byte().expand(-1, 3, -1, -1).contiguous()
+    order = torch.randperm(len(large), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    both = Split(large, torch.from_numpy(bundled.target).long())
+    test_count = len(large) // 5
+    return ImageData("digits", tuple(map(str, bundled.target_names)), both.take(order[test_count:]),
+                     both.take(order[:test_count]), mirrors=False,
+                     source="https://archive.ics.uci.edu/dataset/80")
+
+
+def load_data(settings: DataSettings) -> ImageData:
+    """The data set that the settings name, with `--limit-images` and `--holdout` applied."""
+    data = {"cifar10": load_cifar10, "digits": load_digits}[settings.dataset](settings)
+    if settings.limit_images:
+        data = replace(data, train=data.train.take(slice(settings.limit_images)),
+                       evaluation=data.evaluation.take(slice(max(1, settings.limit_images // 5))))
+    if settings.holdout:
+        count = len(data.train)
+        if settings.holdout >= count:
+            raise UserError(f"--holdout {settings.holdout}: leaves nothing to train on, there are {count} images")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+        data = replace(data, train=data.train.take(order[settings.holdout:]), evaluation_name="holdout",
+                       evaluation=data.train.take(order[:settings.holdout]))
+    return data
+
+
+class ImageBatches(Dataset):
+    """Answers whole batches: images uint8 (B, 3, 32, 32), labels (B,), indices (B,)."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = torch.from_numpy(indices)
+        batch = self.split.take(chosen)
+        return batch.images, batch.labels, chosen
+
+
+class BatchSampler(Sampler):
+    """The indices of this process's batches: one shuffle for all processes, disjoint shares.
+
+    With `shuffle` each epoch (set `epoch` first) has its own order, shares are equally long and a short last batch
+    is dropped if a whole one remains, so that every update sees the same shapes. Without, nothing is left out.
+    """
+
+    def __init__(self, count: int, batch_size: int, runtime: Runtime, shuffle: bool, seed: int = 0) -> None:
+        self.count, self.batch_size, self.runtime, self.shuffle, self.seed = count, batch_size, runtime, shuffle, seed
+        self.epoch = 0
+
+    def share(self) -> int:
+        """Images of this process in an epoch."""
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        if not self.shuffle:
+            return len(range(rank, self.count, world_size))
+        equal = self.count // world_size
+        return max(equal - equal % self.batch_size, min(equal, self.batch_size))
+
+    def __len__(self) -> int:
+        return math.ceil(self.share() / self.batch_size)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=epoch_generator(self.seed, self.epoch))
+        mine = order[self.runtime.rank::self.runtime.world_size][:self.share()]
+        yield from (batch.numpy() for batch in mine.split(self.batch_size))
+
+
+def epoch_generator(seed: int, epoch: int, rank: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on these alone: an interrupted run draws the same as one that was not."""
+    drawn = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
+
+
+def ignore_interrupt(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def loader_options(num_workers: int | None, runtime: Runtime) -> dict[str, Any]:
+    """DataLoader keywords: as many workers as CPUs (at most 8, shared by the local processes), pinned for CUDA."""
+    if num_workers is None:
+        num_workers = min(usable_cpus(), 8) // runtime.local_world_size
+    options = {"num_workers": num_workers, "pin_memory": runtime.device.type == "cuda"}
+    if num_workers:                     # torch refuses these two without workers
+        options |= {"persistent_workers": True, "prefetch_factor": 4}
+    return options
+
+
+def build_loader(split: Split, sampler: BatchSampler, options: dict[str, Any]) -> DataLoader:
+    """The loader of whole batches; `tuple` leaves them as the dataset gives them."""
+    return DataLoader(ImageBatches(split), batch_sampler=sampler, collate_fn=tuple,
+                      worker_init_fn=ignore_interrupt, **options)
+
+
+def augment(images: Tensor, indices: Tensor, epoch: int, generator: torch.Generator, flip: bool, shift: int) -> Tensor:
+    """A whole batch of uint8 images, each moved by up to `shift` pixels and, with `flip`, mirrored by turns.
+
+    Mirroring alternates: an image is mirrored in every second epoch, half of the images in even ones, which wastes
+    fewer epochs on a side already seen than chance does (Jordan 2024, arXiv:2404.00498).
+    """
+    if not shift and not flip:
+        return images
+    down, right = torch.randint(-shift, shift + 1, (2, len(images)), generator=generator, device=images.device)
+    coin = (indices * 2654435761 >> 31) & 1                        # Knuth's hash: a fixed coin for each image
+    return move_pixels(images, down, right, ((coin + epoch) % 2).bool() & flip)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: plain dicts that `torch.load(weights_only=True)` reads. Knows neither DDP nor compile.
+# ------------------------------------------------------------------------------------------------------------
+class SavedModel(NamedTuple):
+    """What evaluate and predict need of a model file."""
+    model: CifarNet
+    class_names: tuple[str, ...]
+    dataset: str
+    mirrors: bool
+    temperature: float
+    settings: dict[str, Any]
+
+
+def save_atomically(payload: dict[str, Any], path: Path) -> None:
+    """Written beside `path`, flushed, then moved over it: a crash or a full disk leaves the old file whole."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        if hasattr(os, "O_DIRECTORY"):                             # the move itself, where folders can be flushed
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:                       # torch's writer reports a full disk as the latter
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error}") from None
+
+
+def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any]:
+    """The dict in `path`; UserError where it is missing, damaged, something else or wants to run code."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such model; train one (--mode train) or name it with --model-path") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:          # any: whatever the unpickler makes of foreign bytes, none of it was run
+        raise UserError(f"{path} is damaged or no file of this program ({type(error).__name__}); "
+                        f"nothing in it was run") from None
+    if not isinstance(payload, dict) or not {"format_version", *keys} <= payload.keys():
+        raise UserError(f"{path} is no file of this program")
+    if payload["format_version"] != version:
+        raise UserError(f"{path} has format {payload['format_version']}, this program reads {version}: train anew")
+    return payload
+
+
+def save_model(path: Path, model: CifarNet, data: ImageData, mirrors: bool, config: Config,
+               metrics: dict[str, Any]) -> None:
+    """The model file: weights of the bare network and all that is needed to use it without any flag."""
+    save_atomically({
+        "format_version": MODEL_FORMAT,
+        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "model": asdict(config.model),
+        "class_names": list(data.class_names),
+        "dataset": data.name,
+        "mirrors": mirrors,
+        "pixel_mean": model.pixel_mean.flatten().tolist(),
+        "pixel_std": model.pixel_std.flatten().tolist(),
+        "temperature": 1.0,
+        "metrics": metrics,
+        "settings": {name: loggable(value) for name, value in config.flat().items()},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }, path)
+
+
+def load_model(path: Path) -> SavedModel:
+    """The network of a model file, in eval mode, rebuilt without any flag."""
+    saved = load_checked(path, MODEL_FORMAT, ("weights", "model", "class_names", "dataset"))
+    try:
+        model = build_model(ModelSettings(**saved["model"]), len(saved["class_names"]))
+        model.load_state_dict(saved["weights"])
+        return SavedModel(model.eval(), tuple(saved["class_names"]), saved["dataset"], saved["mirrors"],
+                          saved["temperature"], saved["settings"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
+    """Nobody else holds the lock `path` meanwhile; UserError with `refusal` where somebody does."""
+    from filelock import FileLock, Timeout                         # comes with torch
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(refusal) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):                         # Windows does not remove what is open
+            path.unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
+def reserve_model_path(path: Path) -> Iterator[None]:
+    """Finds out before training whether `path` can be written, and keeps other trainings away from it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a directory")
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--model-path {path} cannot be written: {error.strerror}") from None
+    with hold_lock(path.with_name(f".{path.name}.lock"), 0, f"another training is writing {path}: "
+                                                            f"wait for it or name another --model-path"):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tracking: MLflow, or nothing. A failure is told once and never reaches the training.
+# ------------------------------------------------------------------------------------------------------------
+METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second": "speed/epoch_img_s",
+                "data_wait_seconds": "data/epoch_wait_s", "peak_memory_mb": "memory/peak_mb",
+                "train_seconds": "time/train_s", "evaluation_seconds": "time/eval_s", "total_seconds": "time/total_s",
+                "compile_seconds": "time/compile_s", "train_images_per_second": "speed/train_img_s",
+                "data_wait": "data/wait_s", "ece": "calibration/ece", "skipped_updates": "train/skipped"}
+RUN_NAME_PARTS = {"width": "w", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x", "epochs": "e",
+                  "amp": "amp", "compile": "compile", "momentum": "m", "weight_decay": "wd", "label_smoothing": "ls",
+                  "warmup": "up", "bias_lr_scale": "bias", "flip": "flip", "shift": "shift", "limit_images": "n",
+                  "holdout": "hold", "num_workers": "j", "repeats": "rep", "seed": "s"}
+
+
+def command_line(config: Config, **changes: Any) -> str:
+    """The command that asks for `config`, with some settings changed; without its secrets."""
+    words, defaults = ["--mode", config.run.mode], Config().flat()
+    for name, value in (config.flat() | changes).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name != "mode" and value != defaults[name]:
+            words += ([flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool)
+                      else [flag, *map(redact, value)] if isinstance(value, tuple) else [flag, str(loggable(value))])
+    start = "python" if "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun [its flags]"
+    return f"{start} classifier.py {shlex.join(words)}"
+
+
+def default_run_name(config: Config) -> str:
+    """What differs from the defaults, most telling first, as far as MLflow's table shows it (18 characters)."""
+    flat, defaults = config.flat(), Config().flat()
+    parts = [f"{'' if flat[name] else 'no'}{short}" if isinstance(flat[name], bool) else f"{short}{flat[name]:g}"
+             for name, short in RUN_NAME_PARTS.items() if flat[name] != defaults[name]]
+    return " ".join(parts)[:18].rstrip() or "default"
+
+
+def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any], report: CompileReport,
+                      data: ImageData, mirrors: bool) -> dict[str, Any]:
+    """What `auto` became and what follows from the settings, named as MLflow and the model's users see it."""
+    batch = effective_batch(config.train, runtime)
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.machine()
+    return {
+        "run_effective_batch": batch,
+        "run_peak_lr": config.train.lr * batch / REFERENCE_BATCH,
+        "run_amp_dtype": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+        "run_amp": runtime.amp_dtype is not None,
+        "run_amp_reason": runtime.amp_reason,
+        "run_compile": report.active,
+        "run_compile_reason": report.reason,
+        "run_memory_format": "channels_last",
+        "run_flip": mirrors,
+        "run_device": f"{runtime.device} {device}",
+        "run_threads": torch.get_num_threads(),
+        "run_world_size": runtime.world_size,
+        **{f"run_{name}": options.get(name, "none") for name in
+           ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")},
+        "run_non_blocking": runtime.device.type == "cuda",
+        "run_train_images": len(data.train),
+    }
+
+
+def effective_batch(train: TrainSettings, runtime: Runtime) -> int:
+    """Images an update sees."""
+    return train.batch_size * train.accumulate_grad_steps * runtime.world_size
+
+
+class Tracker:
+    """Tracks nothing: what --no-mlflow and every process but the main one talk to."""
+    run_id: str | None = None
+
+    def log_settings(self, config: Config, resolved: dict[str, Any], data: ImageData) -> None:
+        """Once, before the work."""
+
+    def log_metrics(self, record: dict[str, Any], step: int | None = None) -> None:
+        """The numbers of an epoch, or with no step the final ones."""
+
+    def log_outcome(self, headline: str, confusion: Tensor, class_names: tuple[str, ...], files: list[Path]) -> None:
+        """Once, after the work: result in words, confusion matrix (classes, classes), files to keep."""
+
+    def close(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED."""
+
+
+class MlflowTracker(Tracker):
+    """One MLflow run. A call that fails waits, with all that follow it, until the next one is made."""
+
+    def __init__(self, config: Config, uri: str, run_id: str | None) -> None:
+        import mlflow
+        self.mlflow, self.config, self.uri, self.run_id = mlflow, config, uri, run_id
+        self.database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        self.experiment_id = ""
+        self.waiting: list[Callable[[], Any]] = [self.start]
+        self.warned = False
+
+    def send(self, call: Callable[[], Any]) -> None:
+        self.waiting.append(call)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):           # stdout belongs to the results
+                if self.database:
+                    check_database(self.database)
+                while self.waiting:
+                    self.waiting[0]()
+                    self.waiting.pop(0)
+        except Exception as error:      # any: tracking must never end a training
+            if not self.warned:
+                cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                note(f"MLflow at {self.uri} does not take the run, which goes on (each epoch tries again): {cause}")
+            self.warned = True
+
+    def start(self) -> None:
+        mlflow, config = self.mlflow, self.config
+        mlflow.set_tracking_uri(self.uri)
+        name = config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.data.dataset
+        with contextlib.ExitStack() as stack:
+            location = None
+            if self.database:           # two processes that create its tables at once break each other
+                location = (self.database.parent / "mlartifacts").as_uri()
+                lock = self.database.with_name(f".{self.database.name}.lock")
+                stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
+            found = mlflow.get_experiment_by_name(name)
+            self.experiment_id = (found.experiment_id if found else
+                                  mlflow.create_experiment(name, artifact_location=location))
+        run = mlflow.start_run(run_id=self.run_id, experiment_id=self.experiment_id, nested=True,
+                               run_name=config.tracking.run_name or default_run_name(config), log_system_metrics=False)
+        self.run_id = run.info.run_id
+
+    def log_settings(self, config: Config, resolved: dict[str, Any], data: ImageData) -> None:
+        def as_param(value: Any) -> str:
+            return "auto" if value is None else f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
+
+        def log() -> None:
+            from mlflow.data.http_dataset_source import HTTPDatasetSource
+            from mlflow.data.meta_dataset import MetaDataset
+            self.mlflow.log_params({name: as_param(value) for name, value in (config.flat() | resolved).items()
+                                    if name != "resume"})          # on or off, it is the same run
+            self.mlflow.set_tags({"task": config.run.mode, "torch": str(torch.__version__), "host": platform.node(),
+                                  "mlflow.runColor": self.color()})
+            for split, context in ((data.train, "train"), (data.evaluation, data.evaluation_name)):
+                self.mlflow.log_input(MetaDataset(HTTPDatasetSource(data.source), name=data.name,
+                                                  digest=split.digest), context=context)
+        self.send(log)
+
+    def color(self) -> str:
+        """The next of many hues: MLflow's own colours collide with few runs."""
+        import colorsys
+        count = len(self.mlflow.MlflowClient().search_runs([self.experiment_id], max_results=1000))
+        red, green, blue = colorsys.hsv_to_rgb(count * 0.618 % 1, 0.75, 0.8)       # golden-ratio steps stay apart
+        return f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}"
+
+    def log_metrics(self, record: dict[str, Any], step: int | None = None) -> None:
+        metrics = {METRIC_NAMES.get(name, name.replace("_", "/", 1)): 100 * value if "accuracy" in name else value
+                   for name, value in record.items()
+                   if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value)}
+        accuracy_first = dict(sorted(metrics.items(), key=lambda item: not item[0].endswith("/accuracy")))
+        self.send(lambda: self.mlflow.log_metrics(accuracy_first, step=step))      # the first is what compare draws
+
+    def log_outcome(self, headline: str, confusion: Tensor, class_names: tuple[str, ...], files: list[Path]) -> None:
+        defaults = Config().flat()
+        changed = [f"- `{name}` {loggable(value)}" for name, value in self.config.flat().items()
+                   if value != defaults[name]]
+
+        def log() -> None:
+            mlflow = self.mlflow
+            mlflow.set_tag("mlflow.note.content", f"**{headline}**\n\n```\n{command_line(self.config)}\n```\n\n"
+                                                  + "\n".join(changed))
+            mlflow.log_figure(confusion_figure(confusion, class_names), "confusion_matrix.png")
+            share = confusion.diag() / confusion.sum(1).clamp(min=1)
+            mlflow.log_table({"class": list(class_names), "accuracy": (100 * share).tolist()}, "per_class.json")
+            for file in files:
+                mlflow.log_artifact(str(file))
+            mlflow.MlflowClient().set_experiment_tag(self.experiment_id, "mlflow.sharedViewState.classifier",
+                                                     shared_view(self.config))
+        self.send(log)
+
+    def close(self, status: str) -> None:
+        self.send(lambda: self.mlflow.end_run(status))
+        if self.waiting:
+            note(f"MLflow: {len(self.waiting)} calls were not logged")
+        elif not self.mlflow.active_run():                         # a run within another leaves this to it
+            page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=classifier"
+            local = self.uri.startswith("sqlite")
+            if local:
+                note(f"compare runs: mlflow ui --backend-store-uri {self.uri}")
+            note(f"{'and open' if local else 'compare runs:'} {'http://127.0.0.1:5000' if local else self.uri}/{page}")
+
+
+def check_database(path: Path) -> None:
+    """Raises within 5 s where MLflow would try for 20 s (locked) or 103 s (not writable)."""
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(path, timeout=5)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+
+
+def shared_view(config: Config) -> str:
+    """MLflow's saved view, undocumented (3.17): the runs table with the columns that tell runs apart."""
+    name = "holdout" if config.data.holdout else "test"
+    columns = [f"metrics.`{key}`" for key in (f"{name}/accuracy", f"{name}/accuracy_tta", "time/train_s",
+                                              "speed/train_img_s", "memory/peak_mb")]
+    columns += [f"params.`{key}`" for key in ("epochs", "run_effective_batch", "run_peak_lr", "run_amp_dtype",
+                                              "run_compile", "run_num_workers", "run_device", "seed")]
+    state = {"searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": False, "startTime": "ALL",
+             "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
+             "selectedColumns": columns}
+    return json.dumps({"name": "classifier.py", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+
+
+def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
+    """A matplotlib figure of the counts: rows are the true classes, columns the answers."""
+    from matplotlib.figure import Figure
+    side = 3 + 0.5 * len(class_names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot(xlabel="answer", ylabel="true class")
+    axes.imshow(confusion / confusion.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+    axes.set_yticks(range(len(class_names)), class_names)
+    for row, column in itertools.product(range(len(class_names)), repeat=2) if len(class_names) <= 30 else ():
+        count = int(confusion[row, column])
+        axes.text(column, row, count or "", ha="center", va="center",
+                  color="white" if 2 * count > confusion[row].sum() else "black")
+    return figure
+
+
+@contextlib.contextmanager
+def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None) -> Iterator[Tracker]:
+    """A tracker whose run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal."""
+    if not config.tracking.mlflow or not runtime.is_main:
+        yield Tracker()
+        return
+    # A user's own value wins. Without these, a dead server costs 245 s a call.
+    for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "8"),
+                        ("MLFLOW_LOGGING_LEVEL", "ERROR"), ("MLFLOW_DISABLE_TELEMETRY", "true"),
+                        ("GIT_PYTHON_REFRESH", "quiet")):
+        os.environ.setdefault(name, value)
+    uri = config.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):    # the printed `mlflow ui` command must work from any folder
+        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    try:
+        tracker: Tracker = MlflowTracker(config, uri, run_id)
+    except ImportError as error:
+        note(f"MLflow is not installed, nothing is logged ({error}); pip install mlflow, or say --no-mlflow")
+        tracker = Tracker()
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training: returns numbers, never prints, logs or saves.
+# ------------------------------------------------------------------------------------------------------------
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Nesterov SGD: filters decay; biases do not and learn faster (airbench's scaled BatchNorm biases)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay, "lr_scale": 1.0},
+              {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0, "lr_scale": settings.bias_lr_scale}]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+def learning_rate(update: int, total: int, settings: TrainSettings, batch: int) -> float:
+    """Rate of the update number `update` (from 0) of `total`: up to the peak, then straight down to zero."""
+    peak = settings.lr * batch / REFERENCE_BATCH
+    start = 0 if settings.warmup else peak
+    return float(np.interp((update + 1) / (total + 1), [0, settings.warmup, 1], [start, peak, 0]))
+
+
+def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple[Any, float, bool]]:
+    """Each of `count` equal batches, its share of its update, and whether it closes it; a short last window too."""
+    for position, batch in enumerate(batches):
+        window = min(steps, count - position // steps * steps)
+        yield batch, 1 / window, position % steps == window - 1
+
+
+class Meter:
+    """Loss and accuracy of an epoch, kept on the device so that no batch waits for its numbers."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.correct: list[Tensor] = []
+        self.images = 0
+        self.wait_seconds = 0.0
+
+    def timed(self, loader: Iterable) -> Iterator[Any]:
+        """The loader's batches; adds up how long they were waited for."""
+        batches = iter(loader)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.losses.append(loss.detach() * len(labels))
+        self.correct.append((logits.argmax(1) == labels).sum())
+        self.images += len(labels)
+
+    def first_bad(self) -> int | None:
+        """Number (from 1) of the first batch whose loss is not finite."""
+        bad = (~torch.stack(self.losses).isfinite()).nonzero()
+        return int(bad[0]) + 1 if len(bad) else None
+
+    def result(self, runtime: Runtime) -> dict[str, float]:
+        """Means over the images of all processes."""
+        sums = torch.stack([torch.stack(self.losses).sum(), torch.stack(self.correct).sum().float(),
+                            torch.tensor(float(self.images), device=self.losses[0].device)])
+        loss, correct, images = runtime.sum(sums).tolist()
+        return {"train_loss": loss / images, "train_accuracy": correct / images, "images": images}
+
+
+class TrainState:
+    """What training changes: weights, optimizer, scaler, and where in the schedule it stands."""
+
+    def __init__(self, model: nn.Module, replica: nn.Module, optimizer: torch.optim.Optimizer,
+                 schedule: Callable[[int], float], runtime: Runtime) -> None:
+        self.model, self.replica, self.optimizer, self.schedule = model, replica, optimizer, schedule
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
+        self.epoch = self.updates = self.skipped = 0
+        self.lr = 0.0
+
+    def update(self) -> None:
+        """One step of the optimizer; where float16 overflowed it is skipped and the schedule stands still."""
+        self.lr = self.schedule(self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group["lr_scale"]
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = self.scaler.get_scale() < scale
+        self.skipped += skipped
+        self.updates += not skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that going on bit for bit needs; random numbers depend on seed and epoch alone."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "updates": self.updates,
+                "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part in ("model", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(state[part])
+        self.epoch, self.updates, self.skipped = state["epoch"], state["updates"], state["skipped"]
+
+
+def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
+    """While gradients only accumulate, several processes need not exchange them."""
+    return replica.no_sync() if skip and isinstance(replica, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def train_epoch(state: TrainState, batches: Iterable, count: int, settings: TrainSettings, seed: int, mirrors: bool,
+                runtime: Runtime) -> dict[str, float]:
+    """One pass over `count` training batches; means over all processes."""
+    state.replica.train()
+    meter, generator = Meter(), epoch_generator(seed, state.epoch, 1 + runtime.rank, runtime.device)
+    started = time.perf_counter()
+    for batch, share, closes in accumulation_windows(meter.timed(batches), count, settings.accumulate_grad_steps):
+        images, labels, indices = runtime.move(*batch)
+        images = augment(images, indices, state.epoch, generator, mirrors, settings.shift)   # uint8 (N, 3, S, S)
+        with no_sync(state.replica, skip=not closes):
+            with runtime.autocast():
+                logits = state.replica(images)                                               # (N, classes)
+                loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            state.scaler.scale(loss * share).backward()
+        meter.add(loss, logits, labels)                                                      # on the device: no wait
+        if closes:
+            state.update()
+    result = meter.result(runtime)
+    seconds = time.perf_counter() - started
+    if not math.isfinite(result["train_loss"]):
+        raise UserError(f"the loss is no longer finite (epoch {state.epoch + 1}, batch {meter.first_bad()}, learning "
+                        f"rate up to {max(state.lr, 1e-9):.3g}): try a lower --lr or --no-amp")
+    images_per_second = result.pop("images") / seconds
+    return result | {"lr": state.lr, "seconds": seconds, "images_per_second": images_per_second,
+                     "data_wait_seconds": meter.wait_seconds}
+
+
+class Evaluation(NamedTuple):
+    """Accuracies and `ece` are fractions; `confusion` counts plain answers: (true class, answer)."""
+    loss: float
+    accuracy: float
+    accuracy_tta: float | None
+    ece: float
+    confusion: Tensor
+    seconds: float
+
+    def record(self, prefix: str) -> dict[str, float | None]:
+        return {f"{prefix}_accuracy": self.accuracy, f"{prefix}_accuracy_tta": self.accuracy_tta,
+                f"{prefix}_loss": self.loss, "ece": self.ece}
+
+    def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
+        shares = self.confusion.diag() / self.confusion.sum(1).clamp(min=1)
+        return dict(zip(class_names, shares.tolist()))
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, split: Split, classes: int, runtime: Runtime, tta: bool, mirrors: bool,
+             temperature: float = 1.0) -> Evaluation:
+    """`net` on each image of `split` once, however many processes share them.
+
+    The loss is of the plain view without smoothing or temperature; the expected calibration error is of the
+    answer that predict would give (with `tta` and `temperature`), over 15 equal bins of confidence.
+    """
+    started = time.perf_counter()
+    net.eval()
+    sampler = BatchSampler(len(split), EVALUATION_BATCH, runtime, shuffle=False)
+    # No workers: reading in order costs nothing. `net` is not DDP, whose buffers' exchange shares of unequal
+    # length would wait for in vain.
+    views, labels = [], []
+    for images, batch_labels, _ in build_loader(split, sampler, loader_options(0, runtime)):
+        with runtime.autocast():
+            views.append(logits_of_views(net, *runtime.move(images), tta, mirrors).cpu())
+        labels.append(batch_labels)
+    logits, truth = torch.cat(views, 1), torch.cat(labels)                                   # (views, N, classes), (N,)
+    loss = F.cross_entropy(logits[0], truth, reduction="sum")
+    confusion = torch.bincount(truth * classes + logits[0].argmax(1), minlength=classes * classes)
+    confidence, answer = (logits.mean(0) / temperature).softmax(1).max(1)
+    correct = (answer == truth).float()
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, confidence - correct)
+    sums = runtime.sum(torch.cat([loss[None], correct.sum()[None], gaps, confusion.float()]).to(runtime.device)).cpu()
+    table = sums[2 + CALIBRATION_BINS:].view(classes, classes)
+    count = float(table.sum())
+    return Evaluation(loss=float(sums[0]) / count, accuracy=float(table.diag().sum()) / count,
+                      accuracy_tta=float(sums[1]) / count if tta else None,
+                      ece=float(sums[2:2 + CALIBRATION_BINS].abs().sum()) / count, confusion=table,
+                      seconds=time.perf_counter() - started)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prediction: pictures in, answers out, from a model that is loaded once. Knows neither training nor data sets.
+# ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one picture, or the `error` that kept it from being read."""
+    image: Any
+    label: str | None = None
+    confidence: float | None = None
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model ready to be called."""
+    net: nn.Module
+    saved: SavedModel
+    runtime: Runtime
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor, tta: bool) -> Tensor:
+        """(N, classes) on the CPU, of uint8 images (N, 3, 32, 32)."""
+        with self.runtime.autocast():
+            views = logits_of_views(self.net, *self.runtime.move(images), tta, self.saved.mirrors)
+        return (views.mean(0) / self.saved.temperature).softmax(1).cpu()
+
+
+_predictor_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def load_predictor(path: Path, _stamp: tuple[int, ...], device: str, amp: bool | None,
+                   compile: bool | None) -> Predictor:
+    """The global cache: one predictor, kept until its path, the file behind it (`_stamp`) or an option changes."""
+    target = pick_device(device)
+    runtime = Runtime(target, *pick_amp_dtype(target, amp))
+    saved = load_model(path)
+    example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    net, _ = accelerate(saved.model, runtime, pick_compile(compile, target, one_off=False), example)
+    return Predictor(net, saved, runtime)
+
+
+def cached_model(path: str | Path, device: str = "auto", amp: bool | None = None,
+                 compile: bool | None = None) -> Predictor:
+    """The predictor of a model file; reads the weights only if this file was not the last one asked for."""
+    path = Path(path).absolute()
+    try:
+        status = path.stat()
+        stamp = status.st_mtime_ns, status.st_size, status.st_ino
+    except OSError:
+        stamp = ()                      # load_model has the words for it
+    with _predictor_lock:               # threads that come at once wait for one load
+        return load_predictor(path, stamp, device, amp, compile)
+
+
+def classify(predictor: Predictor, sources: list[Any], top_k: int, threshold: float, tta: bool) -> list[Prediction]:
+    """One `Prediction` a source, in their order; all readable pictures go through the network as one batch."""
+    pixels: dict[int, Tensor] = {}
+    errors: dict[int, str] = {}
+    for position, source in enumerate(sources):
+        try:
+            pixels[position] = to_pixels(letterbox(read_image(source)))
+        except UserError as error:
+            errors[position] = str(error)
+    predictions = [Prediction(source, error=errors.get(position)) for position, source in enumerate(sources)]
+    if pixels:
+        names = predictor.saved.class_names
+        best = predictor.probabilities(torch.stack(list(pixels.values())), tta).topk(min(top_k, len(names)))
+        for position, values, indices in zip(pixels, best.values.tolist(), best.indices.tolist()):
+            top = tuple((names[index], value) for index, value in zip(indices, values))
+            label = top[0][0] if top[0][1] >= threshold else "unknown"
+            predictions[position] = Prediction(sources[position], label, top[0][1], top)
+    return predictions
+
+
+def predict(images: Any, *, model_path: str | Path = "cifar10_model.pth", top_k: int = 3, threshold: float = 0.0,
+            tta: bool = True, device: str = "auto") -> list[Prediction]:
+    """Classify pictures: paths, bytes or PIL images (one, or any iterable of them).
+
+    The model is loaded, and on CUDA compiled, by the first call and kept until `model_path` or the file behind it
+    changes; safe from several threads. A picture that cannot be read gets a `Prediction` whose `error` says why.
+    `label` is "unknown" where the confidence is below `threshold`. Raises `UserError` for a bad model or device.
+    """
+    if top_k < 1:
+        raise UserError(f"top_k must be at least 1: {top_k}")
+    sources = [images] if isinstance(images, (str, bytes, Path, Image.Image)) else list(images)
+    predictor = cached_model(model_path, device)
+    chunks = (sources[start:start + PREDICTION_BATCH] for start in range(0, len(sources), PREDICTION_BATCH))
+    return [answer for chunk in chunks for answer in classify(predictor, chunk, top_k, threshold, tta)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Modes: one function each, the only ones that report. Results go to stdout, progress and messages to stderr.
+# ------------------------------------------------------------------------------------------------------------
+def emit(record: dict[str, Any], text: str, config: Config, runtime: Runtime) -> None:
+    """A result: `text` on stdout, or with --json the record there and `text` on stderr."""
+    if runtime.is_main and config.run.json:
+        print(json.dumps(record), flush=True)
+    if runtime.is_main and text:
+        print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
+
+
+def progress(batches: Iterable, label: str, runtime: Runtime) -> Iterable:
+    """`batches` with a bar and the time left, on a terminal."""
+    from tqdm import tqdm
+    return tqdm(batches, label, leave=False, dynamic_ncols=True, disable=None if runtime.is_main else True)
+
+
+def percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def epoch_row(record: dict[str, Any], name: str, left: float) -> str:
+    """A line of the epoch table; its heading where `record` is empty."""
+    columns = (("epoch", 5, "d", "epoch"), ("train loss", 10, ".4f", "train_loss"),
+               ("train acc", 9, ".2%", "train_accuracy"), (f"{name} loss", 12, ".4f", f"{name}_loss"),
+               (f"{name} acc", 11, ".2%", f"{name}_accuracy"), ("lr", 8, ".2g", "lr"), ("seconds", 7, ".1f", "seconds"),
+               ("img/s", 7, ".0f", "images_per_second"), ("wait s", 6, ".2f", "data_wait_seconds"))
+    cells = [f"{record[key]:{width}{spec}}" if key in record else f"{'' if record else title:>{width}}"
+             for title, width, spec, key in columns]
+    return "  ".join([*cells, duration(left) if record else "time left"])
+
+
+def announce(resolved: dict[str, Any]) -> None:
+    """What `auto` became, before the work starts."""
+    note("{run_train_images} training images, effective batch {run_effective_batch}, {run_num_workers} workers, "
+         "{run_device} with {run_threads} threads\n{run_amp_dtype} ({run_amp_reason}), compiled: {run_compile} "
+         "({run_compile_reason})".format(**resolved))
+
+
+class Resume:
+    """The resume file of a model path: all of a run up to its last finished epoch."""
+    VERSION = 1
+    MAY_CHANGE = {"mode", "model_path", "json", "data_dir", "data_url", "num_workers", "resume", "compile", "image",
+                  "top_k", "threshold", "mlflow", "experiment", "run_name", "tracking_uri"}
+
+    def __init__(self, config: Config, data: ImageData) -> None:
+        self.path = config.model_path.with_name(config.model_path.name + ".resume")
+        self.settings = {name: loggable(value) for name, value in config.flat().items() if name not in self.MAY_CHANGE}
+        self.digest = data.train.digest
+
+    def save(self, state: TrainState, history: list[dict[str, Any]], run_id: str | None) -> None:
+        save_atomically({"format_version": self.VERSION, "state": state.state_dict(), "history": history,
+                         "run_id": run_id, "settings": self.settings, "digest": self.digest}, self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The file's content, None where there is none; UserError where it belongs to another training."""
+        if not self.path.exists():
+            note(f"--resume: no {self.path}, training starts afresh")
+            return None
+        saved = load_checked(self.path, self.VERSION, ("state", "history", "run_id", "settings", "digest"))
+        changed = [f"--{name.replace('_', '-')} was {saved['settings'].get(name)}, is {value}"
+                   for name, value in self.settings.items() if saved["settings"].get(name) != value]
+        if changed or saved["digest"] != self.digest:
+            raise UserError(f"--resume: {self.path} is of another training "
+                            f"({'; '.join(changed) or 'other training images'}); train without --resume to start anew")
+        return saved
+
+    def move_away(self) -> None:
+        """A training that starts anew keeps what an interrupted one left."""
+        if self.path.exists():
+            old = self.path.with_name(self.path.name + ".old")
+            os.replace(self.path, old)
+            note(f"an interrupted training was found and moved to {old}; --resume would have gone on from it")
+
+
+@dataclass
+class Training:
+    """What `train_seed` needs of one training, built from the settings."""
+    state: TrainState
+    sampler: BatchSampler
+    loader: DataLoader
+    mirrors: bool
+    resolved: dict[str, Any]
+    compile_seconds: float
+
+
+def build_training(config: Config, data: ImageData, runtime: Runtime) -> Training:
+    """Network, optimizer and loader of one seed, nothing trained yet."""
+    settings = config.train
+    mirrors = data.mirrors if settings.flip is None else settings.flip
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images))
+    sampler = BatchSampler(len(data.train), settings.batch_size, runtime, shuffle=True, seed=config.run.seed)
+    if not len(sampler):
+        raise UserError(f"{len(data.train)} training images are too few for {runtime.world_size} processes")
+    options = loader_options(config.data.num_workers, runtime)
+    loader = build_loader(data.train, sampler, options)
+    example = data.train.images[:min(sampler.share(), sampler.batch_size)]
+    net, report = accelerate(model.train(), runtime, pick_compile(config.run.compile, runtime.device, False), example)
+    total = settings.epochs * math.ceil(len(sampler) / settings.accumulate_grad_steps)
+    schedule = functools.partial(learning_rate, total=total, settings=settings,
+                                 batch=effective_batch(settings, runtime))
+    state = TrainState(model, distribute(net, runtime), build_optimizer(model, settings), schedule, runtime)
+    resolved = resolved_settings(config, runtime, options, report, data, mirrors)
+    return Training(state, sampler, loader, mirrors, resolved, report.seconds)
+
+
+def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runtime
+              ) -> tuple[dict[str, Any], Evaluation | None]:
+    """Train one epoch and, where one is due, evaluate: with test-time augmentation after the last epoch only."""
+    state, name, epochs = training.state, data.evaluation_name, config.train.epochs
+    training.sampler.epoch = state.epoch
+    bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}", runtime)
+    record = {"epoch": state.epoch + 1} | train_epoch(state, bar, len(training.sampler), config.train, config.run.seed,
+                                                      training.mirrors, runtime)
+    share_buffers(state.model, runtime)
+    state.epoch += 1
+    last, every = state.epoch == epochs, config.train.eval_every
+    if not last and (not every or state.epoch % every):
+        return record, None
+    evaluation = evaluate(state.model, data.evaluation, len(data.class_names), runtime, last and config.predict.tta,
+                          training.mirrors)
+    return record | {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}, evaluation
+
+
+def headline(evaluation: Evaluation, name: str) -> str:
+    tta = f" ({percent(evaluation.accuracy_tta)} with TTA)" if evaluation.accuracy_tta is not None else ""
+    return f"{percent(evaluation.accuracy)} {name} accuracy{tta}"
+
+
+def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool) -> dict[str, Any]:
+    """Train with one seed, report every epoch, save the model (with `keep`); its result."""
+    began, epochs, name = time.perf_counter(), config.train.epochs, data.evaluation_name
+    keep = keep and runtime.is_main
+    training, resume, history, run_id = build_training(config, data, runtime), Resume(config, data), [], None
+    state = training.state
+    if config.train.resume and (saved := resume.load()):
+        state.load_state_dict(saved["state"])
+        history, run_id = saved["history"], saved["run_id"]
+        note(f"going on after epoch {state.epoch} of {epochs}")
+    elif keep:
+        resume.move_away()
+    with open_tracker(config, runtime, run_id) as tracker:
+        announce(training.resolved)
+        tracker.log_settings(config, training.resolved, data)
+        if not config.run.json:
+            emit({}, epoch_row({}, name, 0), config, runtime)
+        while state.epoch < epochs:
+            if keep:
+                resume.save(state, history, tracker.run_id)
+            record, evaluation = run_epoch(training, config, data, runtime)
+            history.append(record)
+            left = (epochs - state.epoch) * statistics.mean(each["seconds"] for each in history)
+            emit({"event": "epoch"} | record, epoch_row(record, name, left), config, runtime)
+            tracker.log_metrics(record, state.epoch)
+        result = evaluation.record(name) | {
+            "train_seconds": sum(each["seconds"] for each in history), "evaluation_seconds": evaluation.seconds,
+            "total_seconds": time.perf_counter() - began, "compile_seconds": training.compile_seconds,
+            "train_images_per_second": statistics.median(each["images_per_second"] for each in history),
+            "data_wait": sum(each["data_wait_seconds"] for each in history), "skipped_updates": state.skipped,
+            "peak_memory_mb": runtime.peak_memory_mb()}
+        text = f"{headline(evaluation, name)} after {epochs} epochs in {duration(result['train_seconds'])}"
+        if keep:
+            save_model(config.model_path, state.model, data, training.mirrors, config, result)
+            resume.path.unlink(missing_ok=True)
+        tracker.log_metrics(result)
+        tracker.log_outcome(text, evaluation.confusion, data.class_names,
+                            [Path(__file__)] + [config.model_path] * keep)
+        result |= {"seed": config.run.seed, "model_path": str(config.model_path) if keep else None,
+                   "run_id": tracker.run_id}
+        emit({"event": "result"} | result, f"{text}; model: {result['model_path']}", config, runtime)
+    return result
+
+
+def summarise(results: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Mean, standard deviation, least and greatest of what varies with the seed."""
+    summary = {}
+    for key in (f"{name}_accuracy", f"{name}_accuracy_tta", "train_seconds"):
+        values = [result[key] for result in results if result[key] is not None]
+        for statistic, of in (("mean", statistics.mean), ("std", statistics.stdev), ("min", min), ("max", max)):
+            summary |= {f"{key}_{statistic}": of(values)} if values else {}
+    return summary
+
+
+def run_train(config: Config, runtime: Runtime) -> int:
+    """Train one seed or, with --repeats, several under one MLflow parent run."""
+    note(command_line(config))
+    seeds = range(config.run.seed, config.run.seed + config.train.repeats)
+    with reserve_model_path(config.model_path) if runtime.is_main else contextlib.nullcontext():
+        with runtime.main_first():
+            data = load_data(config.data)
+        if len(seeds) == 1:
+            train_seed(config, data, runtime, keep=True)
+            return 0
+        with open_tracker(config, runtime) as parent:
+            results = [train_seed(replace(config, run=replace(config.run, seed=seed), train=replace(
+                config.train, repeats=1)), data, runtime, keep=seed == seeds[0]) for seed in seeds]
+            summary = summarise(results, data.evaluation_name)
+            parent.log_metrics(summary)
+    name = f"{data.evaluation_name}_accuracy"
+    mean, deviation, low, high = (percent(summary[f"{name}_{each}"]) for each in ("mean", "std", "min", "max"))
+    emit({"event": "summary", "repeats": len(seeds)} | summary,
+         f"{len(seeds)} seeds: {mean} +- {deviation} {data.evaluation_name} accuracy ({low} to {high})", config, runtime)
+    return 0
+
+
+def as_trained(config: Config, saved: SavedModel) -> Config:
+    """`config` with the model's own data, network and training, so that evaluate repeats train's figures."""
+    if config.data.dataset not in (saved.dataset, DataSettings().dataset):
+        raise UserError(f"--dataset {config.data.dataset}: {config.model_path} was trained on {saved.dataset}")
+    then = saved.settings
+    model, train = (part(**{f.name: then[f.name] for f in fields(part) if f.name in then})
+                    for part in (ModelSettings, TrainSettings))
+    return replace(config, model=model, train=train,
+                   run=replace(config.run, amp=then.get("amp") if config.run.amp is None else config.run.amp),
+                   data=replace(config.data, dataset=saved.dataset,
+                                limit_images=config.data.limit_images or then.get("limit_images", 0)))
+
+
+def run_evaluate(config: Config, runtime: Runtime) -> int:
+    """Accuracy, loss, calibration and classes of a saved model on the test images (with --holdout on those)."""
+    note(command_line(config))
+    saved = load_model(config.model_path)
+    config = as_trained(config, saved)
+    dtype, reason = pick_amp_dtype(runtime.device, config.run.amp)
+    runtime = replace(runtime, amp_dtype=dtype, amp_reason=reason)
+    with runtime.main_first():
+        data = load_data(config.data)
+    if data.class_names != saved.class_names:
+        raise UserError(f"{config.model_path} knows other classes than {data.name}: {', '.join(saved.class_names)}")
+    compile = pick_compile(config.run.compile, runtime.device, one_off=True)
+    net, report = accelerate(saved.model, runtime, compile, data.evaluation.images[:EVALUATION_BATCH])
+    resolved = resolved_settings(config, runtime, loader_options(0, runtime), report, data, saved.mirrors)
+    announce(resolved)
+    with open_tracker(config, runtime) as tracker:
+        tracker.log_settings(config, resolved, data)
+        evaluation = evaluate(net, data.evaluation, len(data.class_names), runtime, config.predict.tta, saved.mirrors,
+                              saved.temperature)
+        result = evaluation.record(data.evaluation_name) | {"seconds": evaluation.seconds}
+        text = headline(evaluation, data.evaluation_name)
+        tracker.log_metrics(result)
+        tracker.log_outcome(text, evaluation.confusion, data.class_names, [])
+    per_class = evaluation.per_class(data.class_names)
+    lines = [f"{text}, loss {evaluation.loss:.4f}, calibration error {percent(evaluation.ece)}, "
+             f"{len(data.evaluation)} images in {evaluation.seconds:.1f} s",
+             *(f"  {label:<12} {percent(share):>8}" for label, share in per_class.items())]
+    emit({"event": "result"} | result | {"per_class": per_class}, "\n".join(lines), config, runtime)
+    return 0
+
+
+def find_images(patterns: Iterable[str]) -> Iterator[str]:
+    """Paths of pictures: files as named, those below folders, those that match globs, `-` for stdin's lines."""
+    for pattern in patterns:
+        if pattern == "-":
+            yield from find_images(line for line in map(str.rstrip, sys.stdin) if line not in ("", "-"))
+        elif os.path.isdir(pattern):
+            found = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names
+                     if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
+            yield from sorted(found) or [os.path.join(pattern, "*")]           # read_image says: no such picture
+        elif os.path.exists(pattern):
+            yield pattern                                          # also names with [brackets]
+        else:
+            yield from sorted(glob.glob(pattern, recursive=True)) or [pattern]
+
+
+def run_predict(config: Config, runtime: Runtime) -> int:
+    """Classify the pictures that --image names; 1 if any of them could not be read."""
+    settings, failures = config.predict, 0
+    predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, bool(config.run.compile))
+    images = find_images(settings.image)
+    while chunk := list(itertools.islice(images, PREDICTION_BATCH)):
+        started = time.perf_counter()
+        answers = classify(predictor, chunk, settings.top_k, settings.threshold, settings.tta)
+        milliseconds = 1000 * (time.perf_counter() - started) / len(chunk)
+        for answer in answers:
+            failures += bool(answer.error)
+            if answer.error:
+                note(f"{answer.image}: {answer.error}")
+                emit({"image": answer.image, "error": answer.error}, "", config, runtime)
+            else:
+                top = ", ".join(f"{name} {percent(value)}" for name, value in answer.top)
+                emit({"image": answer.image, "label": answer.label, "confidence": answer.confidence,
+                      "top": answer.top, "milliseconds": milliseconds}, f"{answer.image}: {answer.label} ({top})",
+                     config, runtime)
+    return 1 if failures else 0
+
+
+# Each optimization of the benchmark, and the flags that tell its MLflow run from the baseline's.
+OPTIMIZATIONS = ("data_loading", "channels_last", "mixed_precision", "compile")
+
+
+class UsualImages(Dataset):
+    """What the benchmark compares with: one PIL image at a time through torchvision's transforms."""
+
+    def __init__(self, split: Split, shift: int) -> None:
+        from torchvision import transforms
+        self.images, self.labels = split.images.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(IMAGE_SIZE, padding=shift, padding_mode="reflect"),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index], int(index)
+
+
+def measure(cases: dict[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None],
+            clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds of each case in each round; the first round warms up and is not counted.
+
+    The cases take turns, so that a machine that slows down slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, case in cases.items():
+            synchronize()
+            started = clock()
+            case()
+            synchronize()
+            if number:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def benchmark_rows(area: str, seconds: dict[str, list[float]], images: int, memory: dict[str, float | None] = {}
+                   ) -> list[dict[str, Any]]:
+    """A row a case: images a second (or milliseconds for one), spread, and speed over the baseline, round by round."""
+    rows = []
+    for name, times in seconds.items():
+        figures = [1000 * each if images == 1 else images / each for each in times]
+        rows.append({"event": "benchmark", "area": area, "name": name, "value": statistics.median(figures),
+                     "unit": "ms" if images == 1 else "images/s",
+                     "p10": float(np.percentile(figures, 10)), "p90": float(np.percentile(figures, 90)),
+                     "ratio": statistics.median(base / each for base, each in zip(seconds["baseline"], times)),
+                     "peak_memory_mb": memory.get(name)})
+    return rows
+
+
+def benchmark_cases(runtime: Runtime) -> dict[str, tuple[str, ...]]:
+    """Baseline (twice: their difference is the noise), each optimization alone, then all that `auto` turns on."""
+    combined = ["data_loading", "channels_last"]
+    combined += ["mixed_precision"] * (pick_amp_dtype(runtime.device, None)[0] is not None)
+    combined += ["compile"] * pick_compile(None, runtime.device, one_off=False)[0]
+    return ({"baseline": (), "baseline_again": ()} | {name: (name,) for name in OPTIMIZATIONS}
+            | {"combined": tuple(combined)})
+
+
+def case_runtime(runtime: Runtime, chosen: tuple[str, ...]) -> Runtime:
+    dtype, reason = pick_amp_dtype(runtime.device, "mixed_precision" in chosen)
+    return replace(runtime, amp_dtype=dtype, amp_reason=reason)
+
+
+def case_net(model: nn.Module, runtime: Runtime, chosen: tuple[str, ...], example: Tensor
+             ) -> tuple[nn.Module, CompileReport]:
+    layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
+    return accelerate(model, runtime, ("compile" in chosen, "benchmark"), example, layout)
+
+
+def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
+    """Images a second and, on CUDA, peak memory of short epochs through `train_epoch`."""
+    batches = 100 if runtime.device.type == "cuda" else 8
+    settings = replace(config.train, accumulate_grad_steps=1)
+    images = batches * settings.batch_size
+    split = data.train.take(torch.arange(images) % len(data.train))
+    cases, memory, compiled = {}, {}, {}
+    for name, chosen in benchmark_cases(runtime).items():
+        torch.manual_seed(config.run.seed)
+        ours, at = "data_loading" in chosen, case_runtime(runtime, chosen)
+        # The usual loader's images come normalised: mean 0 and deviation 1/255 make the network's own do nothing.
+        statistics_ = pixel_statistics(split.images)
+        if not ours:
+            statistics_ = statistics_._replace(mean=torch.zeros(3), std=torch.full((3,), 1 / 255))
+        model = build_model(config.model, len(data.class_names), statistics_).train()
+        sampler = BatchSampler(images, settings.batch_size, at, shuffle=True)
+        options = loader_options(config.data.num_workers, at)
+        loader = (build_loader(split, sampler, options) if ours else
+                  DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
+        example = split.images[:settings.batch_size] if ours else split.images[:settings.batch_size].float()
+        net, report = case_net(model, at, chosen, example)
+        compiled[name] = report.seconds
+        state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, at)
+        train = functools.partial(train_epoch, state, loader, batches, settings if ours else replace(settings, shift=0),
+                                  0, ours and data.mirrors, at)
+
+        def case(name: str = name, train: Callable[[], Any] = train) -> None:
+            if runtime.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            train()
+            memory[name] = runtime.peak_memory_mb() if runtime.device.type == "cuda" else None
+        cases[name] = case
+    rows = benchmark_rows("training", measure(cases, 5, runtime.synchronize), images, memory)
+    return [row | {"compile_seconds": compiled[row["name"]]} for row in rows]
+
+
+def benchmark_loading(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
+    """Images a second of loading, shifting, mirroring and normalising, without a network."""
+    images, batch = 200 * 128, 128
+    split = data.train.take(torch.arange(images) % len(data.train))
+    mean, std, _ = pixel_statistics(split.images)
+    mean, std = runtime.move(mean.view(3, 1, 1), std.view(3, 1, 1))
+    sampler = BatchSampler(images, batch, runtime, shuffle=True)
+    generator = epoch_generator(0, 0, device=runtime.device)
+    options = loader_options(config.data.num_workers, runtime)
+    usual = DataLoader(UsualImages(split, config.train.shift), batch_sampler=sampler, **options)
+    ours = build_loader(split, sampler, options)
+
+    def load_usual() -> None:
+        for batch in usual:
+            runtime.move(*batch)
+
+    def load_ours() -> None:
+        for batch in ours:
+            pixels, _, indices = runtime.move(*batch)
+            (augment(pixels, indices, 0, generator, True, config.train.shift) / 255 - mean) / std
+    return benchmark_rows("loading", measure({"baseline": load_usual, "data_loading": load_ours}, 5,
+                                             runtime.synchronize), images)
+
+
+def benchmark_inference(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
+    """One 500x375 JPEG from file to answer without TTA, and batches of 64 and 512, by each optimization."""
+    rows: list[dict[str, Any]] = []
+    model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        photo, file = Path(folder, "photo.jpg"), Path(folder, "model.pth")
+        noise = torch.randint(0, 256, (12, 16, 3), dtype=torch.uint8, generator=epoch_generator(0, 0)).numpy()
+        Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(photo, quality=90)
+        save_model(file, model, data, data.mirrors, config, {})
+        predictors = {}
+        for name, chosen in benchmark_cases(runtime).items():
+            at = case_runtime(runtime, chosen)
+            net, _ = case_net(copy.deepcopy(model), at, chosen, data.train.images[:1])
+            predictors[name] = Predictor(net, load_model(file), at)
+
+        def load_and_classify() -> None:
+            load_predictor.cache_clear()
+            classify(cached_model(file, str(runtime.device), config.run.amp, False), [photo], 3, 0.0, False)
+
+        cases: dict[str, Callable[[], Any]] = {
+            name: functools.partial(classify, predictor, [photo], 3, 0.0, False) for name, predictor in predictors.items()
+            if name != "data_loading"}
+        cases |= {"combined_tta": functools.partial(classify, predictors["combined"], [photo], 3, 0.0, True),
+                  "load_each_time": load_and_classify}
+        rows += benchmark_rows("inference", measure(cases, 20, runtime.synchronize), 1)
+        for count in (64, 512):
+            images = data.train.images[torch.arange(count) % len(data.train)]
+            batched = {name: functools.partial(predictor.probabilities, images, False)
+                       for name, predictor in predictors.items() if name != "data_loading"}
+            rows += [row | {"name": row["name"], "area": "inference", "batch": count}
+                     for row in benchmark_rows("inference", measure(batched, 5, runtime.synchronize), count)]
+    return rows
+
+
+def self_checks(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
+    """Whether the optimizations leave the results as they are: the largest difference of each to the plain way."""
+    images = data.train.images[torch.arange(64) % len(data.train)]
+    labels = data.train.labels[torch.arange(64) % len(data.train)]
+    images, labels = runtime.move(images, labels)
+    model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images)).eval()
+    plain = replace(runtime, amp_dtype=None)
+    net, _ = accelerate(model, plain, (False, ""), images)
+
+    def gradient(micro_batch: int) -> Tensor:
+        model.zero_grad()
+        for part, share, _ in accumulation_windows(zip(images.split(micro_batch), labels.split(micro_batch)),
+                                                   64 // micro_batch, 64 // micro_batch):
+            (F.cross_entropy(net(part[0]), part[1]) * share).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    whole, parts = gradient(64), gradient(16)
+    with torch.inference_mode():
+        logits = net(images).float()
+        compiled, report = accelerate(copy.deepcopy(model), plain, (True, "check"), images)
+        with case_runtime(runtime, ("mixed_precision",)).autocast():
+            mixed = net(images).float()
+        saved = SavedModel(model, data.class_names, data.name, data.mirrors, 1.0, {})
+        with io.BytesIO() as file:
+            Image.fromarray(images[0].permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+            predicted = classify(Predictor(net, saved, plain), [file.getvalue()], 1, 0.0, False)[0]
+        differences = {
+            "accumulation": ((whole - parts).abs().max() / whole.abs().max(), 1e-4),
+            "compiled": ((compiled(images).float() - logits).abs().max(), 1e-3 if report.active else -1.0),
+            "mixed_precision": ((mixed.softmax(1) - logits.softmax(1)).abs().max(), 2e-2),
+            "predict": (abs(predicted.confidence - logits[:1].softmax(1).max()), 1e-4)}
+    return [{"event": "check", "name": name, "passed": bool(difference <= tolerance), "difference": float(difference)}
+            for name, (difference, tolerance) in differences.items()]
+
+
+def run_benchmark(config: Config, runtime: Runtime) -> int:
+    """What each optimization gains on this machine, and whether it leaves the results alone."""
+    data = load_data(config.data)
+    note(command_line(config))
+    failed = 0
+    with open_tracker(config, runtime) as parent:
+        for part in (self_checks, benchmark_loading, benchmark_inference, benchmark_training):
+            note(f"measuring: {part.__name__}")
+            for row in part(config, data, runtime):
+                if row["event"] == "check":
+                    failed += not row["passed"]
+                    text = f"check      {row['name']:<16} {'pass' if row['passed'] else 'FAIL'} " \
+                           f"(largest difference {row['difference']:.2g})"
+                else:
+                    text = f"{row['area']:<10} {row['name']:<16} {row.get('batch', ''):>4} {row['value']:>10.1f} " \
+                           f"{row['unit']:<9} ({row['p10']:.1f} to {row['p90']:.1f}) x{row['ratio']:.2f}"
+                    text += f"  {row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else ""
+                    text += f"  compiled in {row['compile_seconds']:.0f} s" if row.get("compile_seconds") else ""
+                emit(row, text, config, runtime)
+                if row.get("area") == "training":
+                    chosen = benchmark_cases(runtime)[row["name"]]
+                    child = replace(config, tracking=replace(config.tracking, run_name=row["name"]), run=replace(
+                        config.run, amp="mixed_precision" in chosen, compile="compile" in chosen))
+                    at, report = case_runtime(runtime, chosen), CompileReport("compile" in chosen, "benchmark")
+                    with open_tracker(child, runtime) as tracker:
+                        tracker.log_settings(child, resolved_settings(
+                            child, at, loader_options(config.data.num_workers, at), report, data, data.mirrors), data)
+                        tracker.log_metrics({"train_images_per_second": row["value"], "speedup": row["ratio"],
+                                             "peak_memory_mb": row["peak_memory_mb"]})
+    return 1 if failed else 0
+
+
+MODES = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "benchmark": run_benchmark}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> int:
+    """Run the mode that the command line names; its exit code."""
+    for stream in (sys.stdout, sys.stderr):                        # paths need not be valid text, nor LANG UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    config = parse_config(argv)
+    try:
+        with stop_signals(), open_runtime(config.run) as runtime:
+            if runtime.world_size > 1 and config.run.mode in ("predict", "benchmark"):
+                raise UserError(f"--mode {config.run.mode} runs in one process: start it without torchrun")
+            return MODES[config.run.mode](config, runtime)
+    except UserError as error:
+        print(f"classifier.py: {redact(str(error))}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        note(f"stopped by {stopped}" + (f"; go on with: {command_line(config, resume=True)}"
+                                        if config.run.mode == "train" and config.train.repeats == 1 else ""))
+        return 128 + stopped.signum
+    except BrokenPipeError:                                        # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
