@@ -36,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -96,9 +97,9 @@ class TrainSettings:
     lr: float = setting(0.125, f"peak learning rate at an effective batch of {REFERENCE_BATCH}; grows with the batch",
                         above=0.0, most=1e6)
     momentum: float = setting(0.9, "Nesterov momentum of SGD", least=0.0, most=0.999)
-    weight_decay: float = setting(1e-3, "weight decay of the filters and the last layer", least=0.0, most=1.0)
+    weight_decay: float = setting(5e-4, "weight decay of the filters and the last layer", least=0.0, most=1.0)
     bias_lr_scale: float = setting(64.0, "learning rate of the biases over that of the filters", above=0.0, most=1e4)
-    label_smoothing: float = setting(0.1, "share of the target given to all classes", least=0.0, most=0.9)
+    label_smoothing: float = setting(0.2, "share of the target given to all classes", least=0.0, most=0.9)
     warmup: float = setting(0.2, "share of the updates in which the rate rises; then it falls to zero",
                             least=0.0, most=1.0)
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
@@ -153,7 +154,7 @@ class Config:
     train: TrainSettings = TrainSettings()
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
-    predict: PredictSettings = PredictSettings()
+    prediction: PredictSettings = PredictSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @property
@@ -265,6 +266,22 @@ def stop_signals() -> Iterator[None]:
     finally:
         for each, handler in before:
             signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """The first SIGINT or SIGTERM waits until the block is over: half a transaction would keep a database locked."""
+    stopping = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    waiting: list[int] = []
+    before = {each: signal.signal(each, lambda signum, _: waiting.append(signum))
+              for each in stopping if callable(signal.getsignal(each))}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -479,6 +496,11 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     return PixelStatistics(mean.float(), std.float(), torch.cat([filters, -filters]).float())
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) from 0 to 255 to float32 of mean 0 and deviation 1."""
+    return (images / 255 - mean) / std
+
+
 class ConvBlock(nn.Module):
     """Convolve, halve, convolve."""
 
@@ -518,7 +540,7 @@ class CifarNet(nn.Module):
         nn.init.zeros_(self.stem.bias)
 
     def forward(self, images: Tensor) -> Tensor:                   # uint8 (N, 3, 32, 32)
-        x = (images / 255 - self.pixel_mean) / self.pixel_std
+        x = normalise(images, self.pixel_mean, self.pixel_std)
         x = F.gelu(self.stem(x))                                   # (N, 24, 31, 31)
         x = self.blocks(x).amax((2, 3))                            # (N, 4 width)
         return self.head(x) / 9                                    # airbench's scale: 1 starts too confident
@@ -744,8 +766,26 @@ def load_data(settings: DataSettings) -> ImageData:
     return data
 
 
+class Batch:
+    """Images uint8 (B, 3, 32, 32), labels (B,) and indices (B,): iterating gives them as tensors.
+
+    They come from a worker as numpy arrays, through its pipe. Tensors come by file descriptor, and handing three of
+    those over takes longer than the bytes do (70,000 images/s against 280,000, two workers, batches of 128).
+    """
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self.arrays = arrays
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(torch.from_numpy, self.arrays)
+
+    def pin_memory(self) -> tuple[Tensor, ...]:
+        """Called by the DataLoader where its option of that name is on."""
+        return tuple(tensor.pin_memory() for tensor in self)
+
+
 class ImageBatches(Dataset):
-    """Answers whole batches: images uint8 (B, 3, 32, 32), labels (B,), indices (B,)."""
+    """Answers whole batches."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -753,10 +793,15 @@ class ImageBatches(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = torch.from_numpy(indices)
-        batch = self.split.take(chosen)
-        return batch.images, batch.labels, chosen
+    def __getitems__(self, indices: np.ndarray) -> Batch:
+        chosen = self.split.take(torch.from_numpy(indices))
+        return Batch(chosen.images.numpy(), chosen.labels.numpy(), indices)
+
+
+def epoch_generator(seed: int, epoch: int, rank: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on these alone: an interrupted run draws the same as one that was not."""
+    drawn = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
 
 
 class BatchSampler(Sampler):
@@ -789,10 +834,8 @@ class BatchSampler(Sampler):
         yield from (batch.numpy() for batch in mine.split(self.batch_size))
 
 
-def epoch_generator(seed: int, epoch: int, rank: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers that depend on these alone: an interrupted run draws the same as one that was not."""
-    drawn = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
+def as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def ignore_interrupt(_worker: int) -> None:
@@ -811,9 +854,9 @@ def loader_options(num_workers: int | None, runtime: Runtime) -> dict[str, Any]:
 
 
 def build_loader(split: Split, sampler: BatchSampler, options: dict[str, Any]) -> DataLoader:
-    """The loader of whole batches; `tuple` leaves them as the dataset gives them."""
-    return DataLoader(ImageBatches(split), batch_sampler=sampler, collate_fn=tuple,
-                      worker_init_fn=ignore_interrupt, **options)
+    """The loader of whole batches, so that there is nothing to collate."""
+    return DataLoader(ImageBatches(split), batch_sampler=sampler, collate_fn=as_it_is, worker_init_fn=ignore_interrupt,
+                      **options)
 
 
 def augment(images: Tensor, indices: Tensor, epoch: int, generator: torch.Generator, flip: bool, shift: int) -> Tensor:
@@ -863,14 +906,17 @@ def save_atomically(payload: dict[str, Any], path: Path) -> None:
 def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any]:
     """The dict in `path`; UserError where it is missing, damaged, something else or wants to run code."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such model; train one (--mode train) or name it with --model-path") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:          # any: whatever the unpickler makes of foreign bytes, none of it was run
-        raise UserError(f"{path} is damaged or no file of this program ({type(error).__name__}); "
-                        f"nothing in it was run") from None
+    with file:
+        try:
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:      # any: whatever the unpickler makes of foreign bytes, none of it was run
+            raise UserError(f"{path} is damaged or no file of this program ({type(error).__name__}); "
+                            f"nothing in it was run") from None
     if not isinstance(payload, dict) or not {"format_version", *keys} <= payload.keys():
         raise UserError(f"{path} is no file of this program")
     if payload["format_version"] != version:
@@ -951,9 +997,9 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
                 "compile_seconds": "time/compile_s", "train_images_per_second": "speed/train_img_s",
                 "data_wait": "data/wait_s", "ece": "calibration/ece", "skipped_updates": "train/skipped"}
 RUN_NAME_PARTS = {"width": "w", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x", "epochs": "e",
-                  "amp": "amp", "compile": "compile", "momentum": "m", "weight_decay": "wd", "label_smoothing": "ls",
-                  "warmup": "up", "bias_lr_scale": "bias", "flip": "flip", "shift": "shift", "limit_images": "n",
-                  "holdout": "hold", "num_workers": "j", "repeats": "rep", "seed": "s"}
+                  "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
+                  "weight_decay": "wd", "label_smoothing": "ls", "warmup": "up", "bias_lr_scale": "bias", "flip": "flip",
+                  "shift": "shift", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1037,7 +1083,7 @@ class MlflowTracker(Tracker):
     def send(self, call: Callable[[], Any]) -> None:
         self.waiting.append(call)
         try:
-            with contextlib.redirect_stdout(sys.stderr):           # stdout belongs to the results
+            with signals_held(), contextlib.redirect_stdout(sys.stderr):       # stdout belongs to the results
                 if self.database:
                     check_database(self.database)
                 while self.waiting:
@@ -1152,7 +1198,7 @@ def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
     side = 3 + 0.5 * len(class_names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot(xlabel="answer", ylabel="true class")
-    axes.imshow(confusion / confusion.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    axes.imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
     axes.set_yticks(range(len(class_names)), class_names)
     for row, column in itertools.product(range(len(class_names)), repeat=2) if len(class_names) <= 30 else ():
@@ -1591,7 +1637,7 @@ def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runt
     last, every = state.epoch == epochs, config.train.eval_every
     if not last and (not every or state.epoch % every):
         return record, None
-    evaluation = evaluate(state.model, data.evaluation, len(data.class_names), runtime, last and config.predict.tta,
+    evaluation = evaluate(state.model, data.evaluation, len(data.class_names), runtime, last and config.prediction.tta,
                           training.mirrors)
     return record | {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}, evaluation
 
@@ -1636,7 +1682,7 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool) ->
         if keep:
             save_model(config.model_path, state.model, data, training.mirrors, config, result)
             resume.path.unlink(missing_ok=True)
-        tracker.log_metrics(result)
+        tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
         tracker.log_outcome(text, evaluation.confusion, data.class_names,
                             [Path(__file__)] + [config.model_path] * keep)
         result |= {"seed": config.run.seed, "model_path": str(config.model_path) if keep else None,
@@ -1707,7 +1753,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     announce(resolved)
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(config, resolved, data)
-        evaluation = evaluate(net, data.evaluation, len(data.class_names), runtime, config.predict.tta, saved.mirrors,
+        evaluation = evaluate(net, data.evaluation, len(data.class_names), runtime, config.prediction.tta, saved.mirrors,
                               saved.temperature)
         result = evaluation.record(data.evaluation_name) | {"seconds": evaluation.seconds}
         text = headline(evaluation, data.evaluation_name)
@@ -1738,7 +1784,8 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
 
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
-    settings, failures = config.predict, 0
+    settings, failures = config.prediction, 0
+    warnings.filterwarnings("ignore", module="PIL")                # what matters comes as an error, in our words
     predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, bool(config.run.compile))
     images = find_images(settings.image)
     while chunk := list(itertools.islice(images, PREDICTION_BATCH)):
@@ -1758,7 +1805,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
     return 1 if failures else 0
 
 
-# Each optimization of the benchmark, and the flags that tell its MLflow run from the baseline's.
+# What the benchmark switches on, alone and together.
 OPTIMIZATIONS = ("data_loading", "channels_last", "mixed_precision", "compile")
 
 
@@ -1780,6 +1827,27 @@ class UsualImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index], int(index)
 
 
+class Case(NamedTuple):
+    """A configuration to measure: its name, its optimizations, and the runtime that has their precision."""
+    name: str
+    chosen: tuple[str, ...]
+    runtime: Runtime
+
+    def net(self, model: nn.Module, example: Tensor) -> tuple[nn.Module, CompileReport]:
+        layout = torch.channels_last if "channels_last" in self.chosen else torch.contiguous_format
+        return accelerate(model, self.runtime, ("compile" in self.chosen, "benchmark"), example, layout)
+
+
+def benchmark_cases(runtime: Runtime) -> list[Case]:
+    """Baseline (twice: their difference is the noise), each optimization alone, then all that `auto` turns on."""
+    with_auto = {"data_loading": True, "channels_last": True, "mixed_precision": runtime.amp_dtype is not None,
+                 "compile": pick_compile(None, runtime.device, one_off=False)[0]}
+    cases = [("baseline", ()), ("baseline_again", ()), *((name, (name,)) for name in OPTIMIZATIONS),
+             ("combined", tuple(name for name in OPTIMIZATIONS if with_auto[name]))]
+    return [Case(name, chosen, replace(runtime, amp_dtype=pick_amp_dtype(runtime.device, "mixed_precision" in chosen)[0]))
+            for name, chosen in cases]
+
+
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None],
             clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of each case in each round; the first round warms up and is not counted.
@@ -1793,92 +1861,30 @@ def measure(cases: dict[str, Callable[[], Any]], rounds: int, synchronize: Calla
             started = clock()
             case()
             synchronize()
-            if number:
-                seconds[name].append(clock() - started)
+            seconds[name] += [clock() - started] * (number > 0)
     return seconds
 
 
-def benchmark_rows(area: str, seconds: dict[str, list[float]], images: int, memory: dict[str, float | None] = {}
-                   ) -> list[dict[str, Any]]:
-    """A row a case: images a second (or milliseconds for one), spread, and speed over the baseline, round by round."""
+def benchmark_rows(area: str, seconds: dict[str, list[float]], images: int) -> list[dict[str, Any]]:
+    """A row a case: images a second (milliseconds for one image), and speed over the baseline, round by round."""
     rows = []
     for name, times in seconds.items():
         figures = [1000 * each if images == 1 else images / each for each in times]
+        low, high = np.percentile(figures, (10, 90)).tolist()
         rows.append({"event": "benchmark", "area": area, "name": name, "value": statistics.median(figures),
-                     "unit": "ms" if images == 1 else "images/s",
-                     "p10": float(np.percentile(figures, 10)), "p90": float(np.percentile(figures, 90)),
+                     "unit": "ms" if images == 1 else "images/s", "p10": low, "p90": high,
                      "ratio": statistics.median(base / each for base, each in zip(seconds["baseline"], times)),
-                     "peak_memory_mb": memory.get(name)})
+                     "peak_memory_mb": None})
     return rows
 
 
-def benchmark_cases(runtime: Runtime) -> dict[str, tuple[str, ...]]:
-    """Baseline (twice: their difference is the noise), each optimization alone, then all that `auto` turns on."""
-    combined = ["data_loading", "channels_last"]
-    combined += ["mixed_precision"] * (pick_amp_dtype(runtime.device, None)[0] is not None)
-    combined += ["compile"] * pick_compile(None, runtime.device, one_off=False)[0]
-    return ({"baseline": (), "baseline_again": ()} | {name: (name,) for name in OPTIMIZATIONS}
-            | {"combined": tuple(combined)})
-
-
-def case_runtime(runtime: Runtime, chosen: tuple[str, ...]) -> Runtime:
-    dtype, reason = pick_amp_dtype(runtime.device, "mixed_precision" in chosen)
-    return replace(runtime, amp_dtype=dtype, amp_reason=reason)
-
-
-def case_net(model: nn.Module, runtime: Runtime, chosen: tuple[str, ...], example: Tensor
-             ) -> tuple[nn.Module, CompileReport]:
-    layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
-    return accelerate(model, runtime, ("compile" in chosen, "benchmark"), example, layout)
-
-
-def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
-    """Images a second and, on CUDA, peak memory of short epochs through `train_epoch`."""
-    batches = 100 if runtime.device.type == "cuda" else 8
-    settings = replace(config.train, accumulate_grad_steps=1)
-    images = batches * settings.batch_size
-    split = data.train.take(torch.arange(images) % len(data.train))
-    cases, memory, compiled = {}, {}, {}
-    for name, chosen in benchmark_cases(runtime).items():
-        torch.manual_seed(config.run.seed)
-        ours, at = "data_loading" in chosen, case_runtime(runtime, chosen)
-        # The usual loader's images come normalised: mean 0 and deviation 1/255 make the network's own do nothing.
-        statistics_ = pixel_statistics(split.images)
-        if not ours:
-            statistics_ = statistics_._replace(mean=torch.zeros(3), std=torch.full((3,), 1 / 255))
-        model = build_model(config.model, len(data.class_names), statistics_).train()
-        sampler = BatchSampler(images, settings.batch_size, at, shuffle=True)
-        options = loader_options(config.data.num_workers, at)
-        loader = (build_loader(split, sampler, options) if ours else
-                  DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
-        example = split.images[:settings.batch_size] if ours else split.images[:settings.batch_size].float()
-        net, report = case_net(model, at, chosen, example)
-        compiled[name] = report.seconds
-        state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, at)
-        train = functools.partial(train_epoch, state, loader, batches, settings if ours else replace(settings, shift=0),
-                                  0, ours and data.mirrors, at)
-
-        def case(name: str = name, train: Callable[[], Any] = train) -> None:
-            if runtime.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            train()
-            memory[name] = runtime.peak_memory_mb() if runtime.device.type == "cuda" else None
-        cases[name] = case
-    rows = benchmark_rows("training", measure(cases, 5, runtime.synchronize), images, memory)
-    return [row | {"compile_seconds": compiled[row["name"]]} for row in rows]
-
-
 def benchmark_loading(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
-    """Images a second of loading, shifting, mirroring and normalising, without a network."""
-    images, batch = 200 * 128, 128
-    split = data.train.take(torch.arange(images) % len(data.train))
-    mean, std, _ = pixel_statistics(split.images)
-    mean, std = runtime.move(mean.view(3, 1, 1), std.view(3, 1, 1))
-    sampler = BatchSampler(images, batch, runtime, shuffle=True)
-    generator = epoch_generator(0, 0, device=runtime.device)
-    options = loader_options(config.data.num_workers, runtime)
+    """Loading, shifting, mirroring and normalising, without a network: the usual pipeline against ours."""
+    split = data.train.take(torch.arange(25_600) % len(data.train))
+    sampler, options = BatchSampler(len(split), 128, runtime, True), loader_options(config.data.num_workers, runtime)
     usual = DataLoader(UsualImages(split, config.train.shift), batch_sampler=sampler, **options)
-    ours = build_loader(split, sampler, options)
+    ours, generator = build_loader(split, sampler, options), epoch_generator(0, 0, device=runtime.device)
+    mean, std = runtime.move(*(each.view(3, 1, 1) for each in pixel_statistics(split.images)[:2]))
 
     def load_usual() -> None:
         for batch in usual:
@@ -1887,110 +1893,143 @@ def benchmark_loading(config: Config, data: ImageData, runtime: Runtime) -> list
     def load_ours() -> None:
         for batch in ours:
             pixels, _, indices = runtime.move(*batch)
-            (augment(pixels, indices, 0, generator, True, config.train.shift) / 255 - mean) / std
-    return benchmark_rows("loading", measure({"baseline": load_usual, "data_loading": load_ours}, 5,
-                                             runtime.synchronize), images)
+            normalise(augment(pixels, indices, 0, generator, True, config.train.shift), mean, std)
+    cases = {"baseline": load_usual, "data_loading": load_ours}
+    return benchmark_rows("loading", measure(cases, 5, runtime.synchronize), len(split))
+
+
+def training_case(case: Case, split: Split, config: Config, data: ImageData) -> tuple[Callable[[], Any], float]:
+    """Something that trains an epoch on `split`, and the seconds that compiling took."""
+    torch.manual_seed(config.run.seed)
+    ours, settings = "data_loading" in case.chosen, replace(config.train, accumulate_grad_steps=1)
+    found, example = pixel_statistics(split.images), split.images[:settings.batch_size]
+    if not ours:        # the usual loader normalises: this mean and deviation make the network's own do nothing
+        found, example = found._replace(mean=torch.zeros(3), std=torch.full((3,), 1 / 255)), example.float()
+    model = build_model(config.model, len(data.class_names), found).train()
+    net, report = case.net(model, example)
+    sampler = BatchSampler(len(split), settings.batch_size, case.runtime, shuffle=True)
+    options = loader_options(config.data.num_workers, case.runtime)
+    loader = (build_loader(split, sampler, options) if ours else
+              DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
+    state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, case.runtime)
+    return functools.partial(train_epoch, state, loader, len(sampler), settings if ours else replace(settings, shift=0),
+                             config.run.seed, ours and data.mirrors, case.runtime), report.seconds
+
+
+def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
+    """Short epochs through `train_epoch`; on CUDA their peak memory too."""
+    cuda, memory, compile_seconds, epochs = runtime.device.type == "cuda", {}, {}, {}
+    split = data.train.take(torch.arange((100 if cuda else 8) * config.train.batch_size) % len(data.train))
+
+    def watched(name: str, train: Callable[[], Any]) -> None:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        train()
+        memory[name] = runtime.peak_memory_mb() if cuda else None
+    for case in benchmark_cases(runtime):
+        train, compile_seconds[case.name] = training_case(case, split, config, data)
+        epochs[case.name] = functools.partial(watched, case.name, train)
+    rows = benchmark_rows("training", measure(epochs, 5, runtime.synchronize), len(split))
+    return [row | {"peak_memory_mb": memory[row["name"]], "compile_seconds": compile_seconds[row["name"]]}
+            for row in rows]
 
 
 def benchmark_inference(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
-    """One 500x375 JPEG from file to answer without TTA, and batches of 64 and 512, by each optimization."""
-    rows: list[dict[str, Any]] = []
+    """One 500x375 JPEG from file to answer without TTA, and batches of 64 and 512 through the network."""
     model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images)).eval()
     with tempfile.TemporaryDirectory() as folder:
         photo, file = Path(folder, "photo.jpg"), Path(folder, "model.pth")
         noise = torch.randint(0, 256, (12, 16, 3), dtype=torch.uint8, generator=epoch_generator(0, 0)).numpy()
         Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(photo, quality=90)
         save_model(file, model, data, data.mirrors, config, {})
-        predictors = {}
-        for name, chosen in benchmark_cases(runtime).items():
-            at = case_runtime(runtime, chosen)
-            net, _ = case_net(copy.deepcopy(model), at, chosen, data.train.images[:1])
-            predictors[name] = Predictor(net, load_model(file), at)
+        saved, nets = load_model(file), {}
+        for case in benchmark_cases(runtime):
+            if case.name != "data_loading":
+                net, _ = case.net(copy.deepcopy(model), data.train.images[:1])
+                nets[case.name] = Predictor(net, saved, case.runtime)
 
         def load_and_classify() -> None:
             load_predictor.cache_clear()
             classify(cached_model(file, str(runtime.device), config.run.amp, False), [photo], 3, 0.0, False)
 
-        cases: dict[str, Callable[[], Any]] = {
-            name: functools.partial(classify, predictor, [photo], 3, 0.0, False) for name, predictor in predictors.items()
-            if name != "data_loading"}
-        cases |= {"combined_tta": functools.partial(classify, predictors["combined"], [photo], 3, 0.0, True),
-                  "load_each_time": load_and_classify}
-        rows += benchmark_rows("inference", measure(cases, 20, runtime.synchronize), 1)
-        for count in (64, 512):
-            images = data.train.images[torch.arange(count) % len(data.train)]
-            batched = {name: functools.partial(predictor.probabilities, images, False)
-                       for name, predictor in predictors.items() if name != "data_loading"}
-            rows += [row | {"name": row["name"], "area": "inference", "batch": count}
-                     for row in benchmark_rows("inference", measure(batched, 5, runtime.synchronize), count)]
+        single = {name: functools.partial(classify, net, [photo], 3, 0.0, False) for name, net in nets.items()}
+        single |= {"combined_tta": functools.partial(classify, nets["combined"], [photo], 3, 0.0, True),
+                   "load_each_time": load_and_classify}
+        rows = benchmark_rows("inference", measure(single, 20, runtime.synchronize), 1)
+    for count in (64, 512):
+        images = data.train.images[torch.arange(count) % len(data.train)]
+        batches = {name: functools.partial(net.probabilities, images, False) for name, net in nets.items()}
+        rows += [row | {"batch": count}
+                 for row in benchmark_rows("inference", measure(batches, 5, runtime.synchronize), count)]
     return rows
 
 
 def self_checks(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
     """Whether the optimizations leave the results as they are: the largest difference of each to the plain way."""
-    images = data.train.images[torch.arange(64) % len(data.train)]
-    labels = data.train.labels[torch.arange(64) % len(data.train)]
-    images, labels = runtime.move(images, labels)
+    sample = data.train.take(torch.arange(64) % len(data.train))
+    images, labels = runtime.move(sample.images, sample.labels)
     model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images)).eval()
     plain = replace(runtime, amp_dtype=None)
     net, _ = accelerate(model, plain, (False, ""), images)
 
     def gradient(micro_batch: int) -> Tensor:
+        batches = zip(images.split(micro_batch), labels.split(micro_batch))
         model.zero_grad()
-        for part, share, _ in accumulation_windows(zip(images.split(micro_batch), labels.split(micro_batch)),
-                                                   64 // micro_batch, 64 // micro_batch):
-            (F.cross_entropy(net(part[0]), part[1]) * share).backward()
+        for (inputs, truth), share, _ in accumulation_windows(batches, 64 // micro_batch, 64 // micro_batch):
+            (F.cross_entropy(net(inputs), truth) * share).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
     whole, parts = gradient(64), gradient(16)
-    with torch.inference_mode():
-        logits = net(images).float()
+    with torch.inference_mode(), io.BytesIO() as file:
+        expected = net(images).softmax(1)
         compiled, report = accelerate(copy.deepcopy(model), plain, (True, "check"), images)
-        with case_runtime(runtime, ("mixed_precision",)).autocast():
-            mixed = net(images).float()
-        saved = SavedModel(model, data.class_names, data.name, data.mirrors, 1.0, {})
-        with io.BytesIO() as file:
-            Image.fromarray(images[0].permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
-            predicted = classify(Predictor(net, saved, plain), [file.getvalue()], 1, 0.0, False)[0]
-        differences = {
-            "accumulation": ((whole - parts).abs().max() / whole.abs().max(), 1e-4),
-            "compiled": ((compiled(images).float() - logits).abs().max(), 1e-3 if report.active else -1.0),
-            "mixed_precision": ((mixed.softmax(1) - logits.softmax(1)).abs().max(), 2e-2),
-            "predict": (abs(predicted.confidence - logits[:1].softmax(1).max()), 1e-4)}
+        with replace(runtime, amp_dtype=pick_amp_dtype(runtime.device, True)[0]).autocast():
+            mixed = net(images).float().softmax(1)
+        Image.fromarray(sample.images[0].permute(1, 2, 0).numpy()).save(file, "PNG")
+        predictor = Predictor(net, SavedModel(model, data.class_names, data.name, data.mirrors, 1.0, {}), plain)
+        answer = classify(predictor, [file.getvalue()], 1, 0.0, tta=False)[0]
+        found = {"accumulation": ((whole - parts).abs().max() / whole.abs().max(), 1e-4),
+                 "compiled": ((compiled(images).softmax(1) - expected).abs().max() if report.active else math.nan, 1e-4),
+                 "mixed_precision": ((mixed - expected).abs().max(), 2e-2),
+                 "predict": (abs(answer.confidence - expected[0].max()), 1e-4)}
     return [{"event": "check", "name": name, "passed": bool(difference <= tolerance), "difference": float(difference)}
-            for name, (difference, tolerance) in differences.items()]
+            for name, (difference, tolerance) in found.items()]
+
+
+def benchmark_text(row: dict[str, Any]) -> str:
+    if row["event"] == "check":
+        verdict = "pass" if row["passed"] else "FAIL"
+        return f"check      {row['name']:<16} {verdict} (largest difference {row['difference']:.2g})"
+    text = (f"{row['area']:<10} {row['name']:<16} {row.get('batch', ''):>4} {row['value']:>10.1f} {row['unit']:<9}"
+            f"(p10 {row['p10']:.1f}, p90 {row['p90']:.1f})  x{row['ratio']:.2f}")
+    text += f"  {row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else ""
+    return text + (f"  compiled in {row['compile_seconds']:.0f} s" if row.get("compile_seconds") else "")
 
 
 def run_benchmark(config: Config, runtime: Runtime) -> int:
     """What each optimization gains on this machine, and whether it leaves the results alone."""
-    data = load_data(config.data)
     note(command_line(config))
-    failed = 0
+    data, rows = load_data(config.data), []
     with open_tracker(config, runtime) as parent:
         for part in (self_checks, benchmark_loading, benchmark_inference, benchmark_training):
             note(f"measuring: {part.__name__}")
             for row in part(config, data, runtime):
-                if row["event"] == "check":
-                    failed += not row["passed"]
-                    text = f"check      {row['name']:<16} {'pass' if row['passed'] else 'FAIL'} " \
-                           f"(largest difference {row['difference']:.2g})"
-                else:
-                    text = f"{row['area']:<10} {row['name']:<16} {row.get('batch', ''):>4} {row['value']:>10.1f} " \
-                           f"{row['unit']:<9} ({row['p10']:.1f} to {row['p90']:.1f}) x{row['ratio']:.2f}"
-                    text += f"  {row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else ""
-                    text += f"  compiled in {row['compile_seconds']:.0f} s" if row.get("compile_seconds") else ""
-                emit(row, text, config, runtime)
-                if row.get("area") == "training":
-                    chosen = benchmark_cases(runtime)[row["name"]]
-                    child = replace(config, tracking=replace(config.tracking, run_name=row["name"]), run=replace(
-                        config.run, amp="mixed_precision" in chosen, compile="compile" in chosen))
-                    at, report = case_runtime(runtime, chosen), CompileReport("compile" in chosen, "benchmark")
-                    with open_tracker(child, runtime) as tracker:
-                        tracker.log_settings(child, resolved_settings(
-                            child, at, loader_options(config.data.num_workers, at), report, data, data.mirrors), data)
-                        tracker.log_metrics({"train_images_per_second": row["value"], "speedup": row["ratio"],
-                                             "peak_memory_mb": row["peak_memory_mb"]})
-    return 1 if failed else 0
+                emit(row, benchmark_text(row), config, runtime)
+                rows.append(row)
+        training = {row["name"]: row for row in rows if row.get("area") == "training"}
+        parent.log_metrics({"best_speedup": max(row["ratio"] for row in training.values())})
+        for case in benchmark_cases(runtime):
+            row = training[case.name]
+            child = replace(config, tracking=replace(config.tracking, run_name=case.name), run=replace(
+                config.run, amp="mixed_precision" in case.chosen, compile="compile" in case.chosen))
+            with open_tracker(child, runtime) as tracker:
+                report = CompileReport("compile" in case.chosen, "benchmark")
+                resolved = resolved_settings(child, case.runtime, loader_options(config.data.num_workers, runtime),
+                                             report, data, data.mirrors)
+                tracker.log_settings(child, resolved, data)
+                tracker.log_metrics({"train_images_per_second": row["value"], "speed_over_baseline": row["ratio"],
+                                     "peak_memory_mb": row["peak_memory_mb"]})
+    return 1 if any(row.get("passed") is False for row in rows) else 0
 
 
 MODES = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "benchmark": run_benchmark}

@@ -1,0 +1,194 @@
+"""The cached predictor: one load, right answers, from any thread; and `--mode predict`."""
+import io
+import json
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import classifier
+from classifier import UserError, cached_model, load_data, predict
+from test_pixels import bomb, encoded, noise
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    classifier.load_predictor.cache_clear()
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """How often weights were read."""
+    count, real = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **more: (count.append(args), real(*args, **more))[1])
+    return count
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data(classifier.DataSettings(dataset="digits"))
+
+
+def png(images, number):
+    return encoded(Image.fromarray(images[number].permute(1, 2, 0).numpy()))
+
+
+def test_weights_are_read_once_until_path_or_content_changes(trained, tmp_path, loads):
+    path = tmp_path / "model.pth"
+    shutil.copy(trained, path)
+    picture = noise(50, 40)
+    for _ in range(3):
+        predict([picture], model_path=path)
+    assert len(loads) == 1
+    torch.save(torch.load(trained, weights_only=True) | {"class_names": list("abcdefghij")}, path)
+    assert predict([picture], model_path=path)[0].label in "abcdefghij" and len(loads) == 3       # one is ours above
+    predict([picture], model_path=trained)
+    assert len(loads) == 4
+
+
+def test_threads_share_one_load_and_get_right_answers(trained, loads, digits):
+    pictures = [png(digits.evaluation.images, number) for number in range(8)]
+    found = {}
+
+    def work(number):
+        for _ in range(3):
+            found[number] = predict([pictures[number]], model_path=trained)[0]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+    assert [found[number].label for number in range(8)] == [each.label for each in predict(pictures, model_path=trained)]
+
+
+def test_a_data_set_image_through_predict_equals_evaluate(trained, digits, cpu):
+    images = digits.evaluation.images[:20]
+    answers = predict([png(images, number) for number in range(20)], model_path=trained, top_k=10, tta=False)
+    predictor = cached_model(trained)
+    expected = predictor.probabilities(images, tta=False)
+    for answer, row in zip(answers, expected):
+        by_name = dict(answer.top)
+        np.testing.assert_allclose([by_name[name] for name in "0123456789"], row, atol=1e-6)
+
+
+def test_batch_equals_singles(trained, digits):
+    pictures = [png(digits.evaluation.images, number) for number in range(5)]
+    for answer, picture in zip(predict(pictures, model_path=trained), pictures):
+        alone = predict(picture, model_path=trained)[0]
+        assert alone.label == answer.label and alone.confidence == pytest.approx(answer.confidence, abs=2e-2)
+
+
+def test_answers_are_sorted_and_named(trained):
+    answer = predict([noise(40, 40)], model_path=trained, top_k=99)[0]
+    values = [value for _, value in answer.top]
+    assert len(values) == 10 and values == sorted(values, reverse=True) and sum(values) == pytest.approx(1, abs=1e-5)
+    assert answer.label == answer.top[0][0] and answer.confidence == values[0]
+    assert predict([noise(40, 40)], model_path=trained, threshold=1.0)[0].label == "unknown"
+    with pytest.raises(UserError):
+        predict([noise(4, 4)], model_path=trained, top_k=0)
+
+
+def test_sources_of_all_kinds_and_a_bad_one_between(trained, tmp_path):
+    picture = noise(60, 40)
+    picture.save(tmp_path / "a.png")
+    sources = [str(tmp_path / "a.png"), b"garbage", tmp_path / "a.png", encoded(picture), picture]
+    answers = predict(sources, model_path=trained)
+    assert [answer.image for answer in answers] == sources
+    assert answers[1].error and answers[1].label is None
+    assert len({answers[number].label for number in (0, 2, 3, 4)}) == 1
+    assert predict([], model_path=trained) == []
+
+
+def run(capsys, *argv):
+    code = classifier.main(["--mode", "predict", "--device", "cpu", *map(str, argv)])
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+@pytest.fixture
+def album(tmp_path):
+    folder = tmp_path / "album"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    for name in ("a.png", "inner/b.JPG", "c [1].png", "ünï,code.png"):
+        noise(50, 30).save(folder / name, "JPEG" if "JPG" in name else "PNG")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_text("")
+    return folder
+
+
+def test_files_folders_and_globs(trained, album, capsys):
+    code, out, err = run(capsys, "--model-path", trained, "--json", "--image", album, album / "c [1].png",
+                         f"{album}/*.png", f"{album}/**/*.JPG")
+    names = [os.path.relpath(json.loads(line)["image"], album) for line in out.splitlines()]
+    assert code == 0
+    assert sorted(names[:4]) == sorted(["a.png", "c [1].png", "inner/b.JPG", "ünï,code.png"])
+    assert names[4:] == ["c [1].png", "a.png", "c [1].png", "ünï,code.png", "inner/b.JPG"]
+
+
+def test_json_rows(trained, album, capsys):
+    _, out, _ = run(capsys, "--model-path", trained, "--json", "--image", album / "a.png", "--top-k", 2)
+    row = json.loads(out)
+    assert set(row) == {"image", "label", "confidence", "top", "milliseconds"}
+    assert len(row["top"]) == 2 and row["top"][0] == [row["label"], row["confidence"]] and row["milliseconds"] > 0
+
+
+def test_paths_on_stdin(trained, album, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{album}/a.png\n\n{album}/inner\n"))
+    code, out, _ = run(capsys, "--model-path", trained, "--image", "-")
+    assert code == 0 and len(out.splitlines()) == 2
+
+
+def test_bad_pictures_are_named_and_the_good_ones_answered(trained, album, capsys):
+    (album / "bomb.png").write_bytes(bomb())
+    (album / "cut.png").write_bytes(encoded(noise(64, 64))[:900])
+    (album / "zero.png").write_bytes(b"")
+    code, out, err = run(capsys, "--model-path", trained, "--json", "--image", album, album / "empty",
+                         album / "missing.png", album / "none*.png")
+    rows = [json.loads(line) for line in out.splitlines()]
+    bad = [row for row in rows if "error" in row]
+    assert code == 1 and len(rows) == 10 and len(bad) == 6
+    for name in ("bomb.png", "cut.png", "zero.png", "empty", "missing.png", "none*.png"):
+        assert any(name in row["image"] for row in bad) and sum(name in line.split(': ')[0] for line in err.splitlines()) == 1
+
+
+def test_text_rows(trained, album, capsys):
+    code, out, err = run(capsys, "--model-path", trained, "--image", album / "a.png", "--threshold", 1)
+    assert code == 0 and out.startswith(f"{album}/a.png: unknown (") and err == ""
+
+
+def test_predict_never_logs(trained, album, capsys, tmp_path):
+    run(capsys, "--model-path", trained, "--image", album / "a.png")
+    assert not list(tmp_path.glob("ml*"))
+
+
+@pytest.mark.slow
+def test_undecodable_paths_a_plain_locale_and_a_closed_pipe(trained, album, cli, tmp_path):
+    import subprocess
+    import sys
+    strange = os.fsdecode(bytes(album) + b"/\xff\xfe.png")
+    noise(40, 40).save(strange, "PNG")
+    done = cli("--mode", "predict", "--model-path", trained, "--image", album, env={"LANG": "C", "LC_ALL": "C"})
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 5 and done.stderr == ""
+    command = (f"yes {album}/a.png | head -n 3000 | {sys.executable} {classifier.__file__} --mode predict "
+               f"--model-path {trained} --image - | head -n 1")
+    piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert len(piped.stdout.splitlines()) == 1 and piped.stderr == ""
+
+
+@pytest.mark.slow
+def test_predict_needs_neither_mlflow_nor_torchvision(trained, album, tmp_path):
+    import subprocess
+    import sys
+    code = ("import sys; sys.modules |= dict.fromkeys(('mlflow', 'torchvision', 'sklearn', 'matplotlib', 'tqdm')); "
+            f"import classifier; sys.exit(classifier.main(['--mode', 'predict', '--model-path', {str(trained)!r}, "
+            f"'--image', {str(album)!r}]))")
+    from conftest import ROOT
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (0, "")
