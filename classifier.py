@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import glob
 import hashlib
@@ -722,7 +723,7 @@ def load_cifar10(settings: DataSettings) -> ImageData:
         note(f"{folder}: missing or damaged (md5 differs): {', '.join(damaged)}; trying to get them anew")
     with contextlib.suppress(OSError):
         data_dir.mkdir(parents=True, exist_ok=True)
-    writable = os.access(data_dir, os.W_OK)                        # read-only data: unpacked elsewhere, each time
+    writable = data_dir.is_dir() and os.access(data_dir, os.W_OK)  # read-only data: unpacked elsewhere, each time
     with tempfile.TemporaryDirectory(dir=data_dir if writable else None) as scratch:
         unpack_cifar10(data_dir, settings.data_url, scratch)
         data = read_cifar10(scratch)
@@ -949,8 +950,8 @@ def load_model(path: Path) -> SavedModel:
     try:
         model = build_model(ModelSettings(**saved["model"]), len(saved["class_names"]))
         model.load_state_dict(saved["weights"])
-        return SavedModel(model.eval(), tuple(saved["class_names"]), saved["dataset"], saved["mirrors"],
-                          saved["temperature"], saved["settings"])
+        return SavedModel(model.eval(), tuple(saved["class_names"]), saved["dataset"],
+                          saved.get("mirrors", True), saved["temperature"], saved["settings"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
@@ -995,11 +996,12 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
                 "data_wait_seconds": "data/epoch_wait_s", "peak_memory_mb": "memory/peak_mb",
                 "train_seconds": "time/train_s", "evaluation_seconds": "time/eval_s", "total_seconds": "time/total_s",
                 "compile_seconds": "time/compile_s", "train_images_per_second": "speed/train_img_s",
-                "data_wait": "data/wait_s", "ece": "calibration/ece", "skipped_updates": "train/skipped"}
+                "epoch_peak_memory_mb": "memory/epoch_mb", "data_wait": "data/wait_s",
+                "ece": "calibration/ece", "skipped_updates": "train/skipped"}
 RUN_NAME_PARTS = {"width": "w", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x", "epochs": "e",
                   "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
-                  "weight_decay": "wd", "label_smoothing": "ls", "warmup": "up", "bias_lr_scale": "bias", "flip": "flip",
-                  "shift": "shift", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
+                  "weight_decay": "wd", "label_smoothing": "ls", "warmup": "up", "bias_lr_scale": "bias",
+                  "flip": "flip", "shift": "shift", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1019,7 +1021,13 @@ def default_run_name(config: Config) -> str:
     flat, defaults = config.flat(), Config().flat()
     parts = [f"{'' if flat[name] else 'no'}{short}" if isinstance(flat[name], bool) else f"{short}{flat[name]:g}"
              for name, short in RUN_NAME_PARTS.items() if flat[name] != defaults[name]]
-    return " ".join(parts)[:18].rstrip() or "default"
+    mode = {"evaluate": ["eval"], "benchmark": ["bench"]}.get(config.run.mode, [])
+    return " ".join(mode + parts)[:18].rstrip() or "default"
+
+
+def effective_batch(train: TrainSettings, runtime: Runtime) -> int:
+    """Images an update sees."""
+    return train.batch_size * train.accumulate_grad_steps * runtime.world_size
 
 
 def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any], report: CompileReport,
@@ -1045,11 +1053,6 @@ def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any],
         "run_non_blocking": runtime.device.type == "cuda",
         "run_train_images": len(data.train),
     }
-
-
-def effective_batch(train: TrainSettings, runtime: Runtime) -> int:
-    """Images an update sees."""
-    return train.batch_size * train.accumulate_grad_steps * runtime.world_size
 
 
 class Tracker:
@@ -1116,11 +1119,17 @@ class MlflowTracker(Tracker):
         def as_param(value: Any) -> str:
             return "auto" if value is None else f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
 
+        params = {name: as_param(value) for name, value in (config.flat() | resolved).items() if name != "resume"}
+
         def log() -> None:
             from mlflow.data.http_dataset_source import HTTPDatasetSource
             from mlflow.data.meta_dataset import MetaDataset
-            self.mlflow.log_params({name: as_param(value) for name, value in (config.flat() | resolved).items()
-                                    if name != "resume"})          # on or off, it is the same run
+            known = self.mlflow.get_run(self.run_id).data          # a resumed run's parameters cannot be changed
+            self.mlflow.log_params({name: value for name, value in params.items() if name not in known.params})
+            self.mlflow.set_tags({f"resumed_{name}": value for name, value in params.items()
+                                  if known.params.get(name, value) != value})
+            if known.params:
+                return
             self.mlflow.set_tags({"task": config.run.mode, "torch": str(torch.__version__), "host": platform.node(),
                                   "mlflow.runColor": self.color()})
             for split, context in ((data.train, "train"), (data.evaluation, data.evaluation_name)):
@@ -1518,7 +1527,7 @@ def predict(images: Any, *, model_path: str | Path = "cifar10_model.pth", top_k:
 def emit(record: dict[str, Any], text: str, config: Config, runtime: Runtime) -> None:
     """A result: `text` on stdout, or with --json the record there and `text` on stderr."""
     if runtime.is_main and config.run.json:
-        print(json.dumps(record), flush=True)
+        print(json.dumps(record, allow_nan=False), flush=True)
     if runtime.is_main and text:
         print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
 
@@ -1671,7 +1680,7 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool) ->
             history.append(record)
             left = (epochs - state.epoch) * statistics.mean(each["seconds"] for each in history)
             emit({"event": "epoch"} | record, epoch_row(record, name, left), config, runtime)
-            tracker.log_metrics(record, state.epoch)
+            tracker.log_metrics(record | {"epoch_peak_memory_mb": runtime.peak_memory_mb()}, state.epoch)
         result = evaluation.record(name) | {
             "train_seconds": sum(each["seconds"] for each in history), "evaluation_seconds": evaluation.seconds,
             "total_seconds": time.perf_counter() - began, "compile_seconds": training.compile_seconds,
@@ -1712,14 +1721,15 @@ def run_train(config: Config, runtime: Runtime) -> int:
             train_seed(config, data, runtime, keep=True)
             return 0
         with open_tracker(config, runtime) as parent:
+            parent.log_settings(config, {}, data)
             results = [train_seed(replace(config, run=replace(config.run, seed=seed), train=replace(
                 config.train, repeats=1)), data, runtime, keep=seed == seeds[0]) for seed in seeds]
             summary = summarise(results, data.evaluation_name)
             parent.log_metrics(summary)
     name = f"{data.evaluation_name}_accuracy"
     mean, deviation, low, high = (percent(summary[f"{name}_{each}"]) for each in ("mean", "std", "min", "max"))
-    emit({"event": "summary", "repeats": len(seeds)} | summary,
-         f"{len(seeds)} seeds: {mean} +- {deviation} {data.evaluation_name} accuracy ({low} to {high})", config, runtime)
+    text = f"{len(seeds)} seeds: {mean} +- {deviation} {data.evaluation_name} accuracy ({low} to {high})"
+    emit({"event": "summary", "repeats": len(seeds)} | summary, text, config, runtime)
     return 0
 
 
@@ -1753,8 +1763,8 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     announce(resolved)
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(config, resolved, data)
-        evaluation = evaluate(net, data.evaluation, len(data.class_names), runtime, config.prediction.tta, saved.mirrors,
-                              saved.temperature)
+        evaluation = evaluate(net, data.evaluation, len(data.class_names), runtime, config.prediction.tta,
+                              saved.mirrors, saved.temperature)
         result = evaluation.record(data.evaluation_name) | {"seconds": evaluation.seconds}
         text = headline(evaluation, data.evaluation_name)
         tracker.log_metrics(result)
@@ -1844,8 +1854,9 @@ def benchmark_cases(runtime: Runtime) -> list[Case]:
                  "compile": pick_compile(None, runtime.device, one_off=False)[0]}
     cases = [("baseline", ()), ("baseline_again", ()), *((name, (name,)) for name in OPTIMIZATIONS),
              ("combined", tuple(name for name in OPTIMIZATIONS if with_auto[name]))]
-    return [Case(name, chosen, replace(runtime, amp_dtype=pick_amp_dtype(runtime.device, "mixed_precision" in chosen)[0]))
-            for name, chosen in cases]
+    mixed = replace(runtime, amp_dtype=pick_amp_dtype(runtime.device, True)[0])
+    plain = replace(runtime, amp_dtype=None)
+    return [Case(name, chosen, mixed if "mixed_precision" in chosen else plain) for name, chosen in cases]
 
 
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None],
@@ -1898,8 +1909,9 @@ def benchmark_loading(config: Config, data: ImageData, runtime: Runtime) -> list
     return benchmark_rows("loading", measure(cases, 5, runtime.synchronize), len(split))
 
 
-def training_case(case: Case, split: Split, config: Config, data: ImageData) -> tuple[Callable[[], Any], float]:
-    """Something that trains an epoch on `split`, and the seconds that compiling took."""
+def training_case(case: Case, split: Split, config: Config, data: ImageData
+                  ) -> tuple[Callable[[], Any], CompileReport]:
+    """What trains an epoch on `split`, and what became of compiling."""
     torch.manual_seed(config.run.seed)
     ours, settings = "data_loading" in case.chosen, replace(config.train, accumulate_grad_steps=1)
     found, example = pixel_statistics(split.images), split.images[:settings.batch_size]
@@ -1913,7 +1925,7 @@ def training_case(case: Case, split: Split, config: Config, data: ImageData) -> 
               DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
     state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, case.runtime)
     return functools.partial(train_epoch, state, loader, len(sampler), settings if ours else replace(settings, shift=0),
-                             config.run.seed, ours and data.mirrors, case.runtime), report.seconds
+                             config.run.seed, ours and data.mirrors, case.runtime), report
 
 
 def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
@@ -1927,8 +1939,10 @@ def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> lis
         train()
         memory[name] = runtime.peak_memory_mb() if cuda else None
     for case in benchmark_cases(runtime):
-        train, compile_seconds[case.name] = training_case(case, split, config, data)
-        epochs[case.name] = functools.partial(watched, case.name, train)
+        train, report = training_case(case, split, config, data)
+        if report.active or "compile" not in case.chosen:          # else it would be the baseline again
+            epochs[case.name] = functools.partial(watched, case.name, train)
+            compile_seconds[case.name] = report.seconds
     rows = benchmark_rows("training", measure(epochs, 5, runtime.synchronize), len(split))
     return [row | {"peak_memory_mb": memory[row["name"]], "compile_seconds": compile_seconds[row["name"]]}
             for row in rows]
@@ -1983,15 +1997,16 @@ def self_checks(config: Config, data: ImageData, runtime: Runtime) -> list[dict[
     with torch.inference_mode(), io.BytesIO() as file:
         expected = net(images).softmax(1)
         compiled, report = accelerate(copy.deepcopy(model), plain, (True, "check"), images)
-        with replace(runtime, amp_dtype=pick_amp_dtype(runtime.device, True)[0]).autocast():
+        with replace(plain, amp_dtype=pick_amp_dtype(runtime.device, True)[0]).autocast():
             mixed = net(images).float().softmax(1)
         Image.fromarray(sample.images[0].permute(1, 2, 0).numpy()).save(file, "PNG")
         predictor = Predictor(net, SavedModel(model, data.class_names, data.name, data.mirrors, 1.0, {}), plain)
         answer = classify(predictor, [file.getvalue()], 1, 0.0, tta=False)[0]
         found = {"accumulation": ((whole - parts).abs().max() / whole.abs().max(), 1e-4),
-                 "compiled": ((compiled(images).softmax(1) - expected).abs().max() if report.active else math.nan, 1e-4),
                  "mixed_precision": ((mixed - expected).abs().max(), 2e-2),
                  "predict": (abs(answer.confidence - expected[0].max()), 1e-4)}
+        if report.active:
+            found["compiled"] = (compiled(images).softmax(1) - expected).abs().max(), 1e-4
     return [{"event": "check", "name": name, "passed": bool(difference <= tolerance), "difference": float(difference)}
             for name, (difference, tolerance) in found.items()]
 
@@ -2011,6 +2026,7 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
     note(command_line(config))
     data, rows = load_data(config.data), []
     with open_tracker(config, runtime) as parent:
+        parent.log_settings(config, {}, data)
         for part in (self_checks, benchmark_loading, benchmark_inference, benchmark_training):
             note(f"measuring: {part.__name__}")
             for row in part(config, data, runtime):
@@ -2018,7 +2034,7 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
                 rows.append(row)
         training = {row["name"]: row for row in rows if row.get("area") == "training"}
         parent.log_metrics({"best_speedup": max(row["ratio"] for row in training.values())})
-        for case in benchmark_cases(runtime):
+        for case in (each for each in benchmark_cases(runtime) if each.name in training):
             row = training[case.name]
             child = replace(config, tracking=replace(config.tracking, run_name=case.name), run=replace(
                 config.run, amp="mixed_precision" in case.chosen, compile="compile" in case.chosen))
@@ -2058,6 +2074,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stopped.signum
     except BrokenPipeError:                                        # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise                                                  # a bug keeps its traceback
+        print(f"classifier.py: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1
 
 

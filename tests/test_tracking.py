@@ -172,6 +172,18 @@ def test_an_old_mlruns_folder_does_not_matter(cpu, tmp_path):
     assert len(runs_of(tmp_path / "mlflow.db")[2]) == 1
 
 
+def test_a_resumed_training_goes_on_in_its_run(tmp_path, monkeypatch, capsys):
+    from test_modes import interrupted
+    interrupted(monkeypatch, capsys, *LOGGED, "--epochs", "4")
+    client, _, (run,) = runs_of(tmp_path / "mlflow.db")
+    assert run.info.status == "KILLED"
+    assert classifier.main(["--mode", "train", *LOGGED, "--epochs", "4", "--num-workers", "1", "--resume"]) == 0
+    (again,) = runs_of(tmp_path / "mlflow.db")[2]
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    assert [each.step for each in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert again.data.params["num_workers"] == "0" and again.data.tags["resumed_num_workers"] == "1"
+
+
 @pytest.mark.slow
 def test_four_trainings_start_at_once_on_a_new_store(tmp_path):
     command = [sys.executable, str(ROOT / "classifier.py"), "--mode", "train", *LOGGED, "--epochs", "1"]
