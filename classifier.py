@@ -105,6 +105,7 @@ class TrainSettings:
                             least=0.0, most=1.0)
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
     shift: int = setting(2, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
+    cutout: int = setting(8, "side of the gray square laid on each training image; 0: none", least=0, most=IMAGE_SIZE)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
     repeats: int = setting(1, "train this many seeds; the first seed's model is saved", least=1)
     resume: bool = setting(False, "go on from an interrupted run of the same --model-path")
@@ -860,12 +861,25 @@ def build_loader(split: Split, sampler: BatchSampler, options: dict[str, Any]) -
                       **options)
 
 
-def augment(images: Tensor, indices: Tensor, epoch: int, generator: torch.Generator, flip: bool, shift: int) -> Tensor:
-    """A whole batch of uint8 images, each moved by up to `shift` pixels and, with `flip`, mirrored by turns.
+def cut_out(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A gray square of `size` pixels, partly outside at the edges, on each image (DeVries 2017, arXiv:1708.04552)."""
+    side = images.shape[-1]
+    corner = torch.randint(-(size // 2), side - size // 2, (2, len(images), 1), generator=generator,
+                           device=images.device)
+    offset = torch.arange(side, device=images.device) - corner     # (2, N, S): rows, columns
+    rows, columns = (offset >= 0) & (offset < size)
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], LETTERBOX_GRAY[0])
+
+
+def augment(images: Tensor, indices: Tensor, epoch: int, generator: torch.Generator, flip: bool, shift: int,
+            cutout: int = 0) -> Tensor:
+    """A whole batch of uint8 images, each moved by up to `shift` pixels, with `flip` mirrored by turns, and cut out.
 
     Mirroring alternates: an image is mirrored in every second epoch, half of the images in even ones, which wastes
     fewer epochs on a side already seen than chance does (Jordan 2024, arXiv:2404.00498).
     """
+    if cutout:
+        images = cut_out(images, cutout, generator)
     if not shift and not flip:
         return images
     down, right = torch.randint(-shift, shift + 1, (2, len(images)), generator=generator, device=images.device)
@@ -1001,7 +1015,7 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
 RUN_NAME_PARTS = {"width": "w", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x", "epochs": "e",
                   "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
                   "weight_decay": "wd", "label_smoothing": "ls", "warmup": "up", "bias_lr_scale": "bias",
-                  "flip": "flip", "shift": "shift", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
+                  "flip": "flip", "shift": "shift", "cutout": "cut", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1358,7 +1372,7 @@ def train_epoch(state: TrainState, batches: Iterable, count: int, settings: Trai
     started = time.perf_counter()
     for batch, share, closes in accumulation_windows(meter.timed(batches), count, settings.accumulate_grad_steps):
         images, labels, indices = runtime.move(*batch)
-        images = augment(images, indices, state.epoch, generator, mirrors, settings.shift)   # uint8 (N, 3, S, S)
+        images = augment(images, indices, state.epoch, generator, mirrors, settings.shift, settings.cutout)
         with no_sync(state.replica, skip=not closes):
             with runtime.autocast():
                 logits = state.replica(images)                                               # (N, classes)
@@ -1924,7 +1938,7 @@ def training_case(case: Case, split: Split, config: Config, data: ImageData
     loader = (build_loader(split, sampler, options) if ours else
               DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
     state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, case.runtime)
-    return functools.partial(train_epoch, state, loader, len(sampler), settings if ours else replace(settings, shift=0),
+    return functools.partial(train_epoch, state, loader, len(sampler), replace(settings, cutout=0, shift=settings.shift * ours),
                              config.run.seed, ours and data.mirrors, case.runtime), report
 
 
@@ -2072,6 +2086,11 @@ def main(argv: list[str] | None = None) -> int:
         note(f"stopped by {stopped}" + (f"; go on with: {command_line(config, resume=True)}"
                                         if config.run.mode == "train" and config.train.repeats == 1 else ""))
         return 128 + stopped.signum
+    except torch.OutOfMemoryError:
+        print(f"classifier.py: out of GPU memory; the same effective batch with less of it: --batch-size "
+              f"{max(1, config.train.batch_size // 2)} --accumulate-grad-steps "
+              f"{2 * config.train.accumulate_grad_steps}", file=sys.stderr)
+        return 1
     except BrokenPipeError:                                        # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifier import (ModelSettings, augment, build_model, epoch_generator, logits_of_views, move_pixels,
+from classifier import (ModelSettings, augment, build_model, cut_out, epoch_generator, logits_of_views, move_pixels,
                         pixel_statistics)
 
 
@@ -99,6 +99,16 @@ def test_augment_repeats_itself_and_mirrors_by_turns(images):
     assert torch.equal(mirrored[0], ~mirrored[1])
     assert 10 < mirrored[0].sum() < 30
     assert torch.equal(run(0, flip=False), images)
+
+
+def test_cutout_is_one_gray_square_in_each_image():
+    images = torch.zeros(300, 3, 32, 32, dtype=torch.uint8)
+    gray = (cut_out(images, 8, epoch_generator(0, 0)) == 128)
+    assert torch.equal(gray[:, 0], gray[:, 2])
+    rows, columns = gray[:, 0].any(2).sum(1), gray[:, 0].any(1).sum(1)
+    assert torch.equal(gray[:, 0].sum((1, 2)), rows * columns)                  # filled rectangles
+    assert rows.min() >= 4 and rows.max() == 8 and columns.max() == 8
+    assert gray[:, 0].any(0).all()                                              # everywhere sooner or later
 
 
 def test_views(model, images):

@@ -196,6 +196,30 @@ def test_absent_device(capsys, monkeypatch):
     assert (code, out, len(err.splitlines())) == (1, "", 1) and "--device cuda" in err
 
 
+def test_out_of_memory_names_the_flags_that_help(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(classifier, "train_epoch", full)
+    code, _, err = run(capsys, "--mode", "train", *TINY)
+    assert code == 1 and "--batch-size 16 --accumulate-grad-steps 2" in err and "Traceback" not in err
+
+
+def test_full_disk_or_missing_rights_are_one_line(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "some/file")
+    monkeypatch.setattr(classifier, "train_epoch", full)
+    code, _, err = run(capsys, "--mode", "train", *TINY)
+    assert code == 1 and err.splitlines()[-1] == "classifier.py: some/file: No space left on device"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise KeyError("a bug")
+    monkeypatch.setattr(classifier, "train_epoch", broken)
+    with pytest.raises(KeyError):
+        classifier.main(["--mode", "train", *TINY])
+
+
 def test_predict_and_benchmark_refuse_several_processes(capsys, monkeypatch, cpu):
     from contextlib import contextmanager
     from dataclasses import replace

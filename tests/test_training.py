@@ -11,7 +11,7 @@ from classifier import (BatchSampler, Meter, ModelSettings, Runtime, Split, Trai
                         accumulation_windows, build_loader, build_model, build_optimizer, evaluate, learning_rate,
                         loader_options, pixel_statistics, train_epoch)
 
-PLAIN = TrainSettings(shift=0, flip=False)
+PLAIN = TrainSettings(shift=0, flip=False, cutout=0)
 
 
 @pytest.fixture(scope="module")
