@@ -16,8 +16,10 @@ settings, runtime, model, pixels, data, checkpoints, tracking, training, predict
 from __future__ import annotations
 
 import argparse
+import colorsys
 import contextlib
 import copy
+import datetime
 import errno
 import functools
 import glob
@@ -37,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -52,6 +55,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 IMAGE_SIZE = 32                    # CIFAR-10's; every other picture is brought to it
 LETTERBOX_GRAY = (128, 128, 128)   # the brief's neutral gray
 REFERENCE_BATCH = 128              # `--lr` is meant for this effective batch and grows with it (arXiv:1706.02677)
@@ -81,7 +85,7 @@ class RunSettings:
     mode: str = setting("train", "what to do", choices=("train", "evaluate", "predict", "benchmark"))
     model_path: str | None = setting(None, "the model file: train writes it, evaluate and predict read it "
                                            "(auto: <dataset>_model.pth)")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
     seed: int = setting(0, "same seed and settings: the same weights bit for bit on a CPU", least=0, most=2**31)
     amp: bool | None = setting(None, "mixed precision (auto: float16 on CUDA, bfloat16 on a CPU that computes in it)")
     compile: bool | None = setting(None, "torch.compile (auto: training on CUDA, where it pays)")
@@ -226,7 +230,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def redact(text: str) -> str:
     """`text` with the passwords and queries of its URLs replaced: it goes to logs, parameters and files."""
-    return re.sub(r"(://[^\s?#]*)\?[^\s'\"]*", r"\1?***", re.sub(r"://[^/@\s]*@", "://***@", text))
+    text = re.sub(r"://(?:[^/@\s:]*:[^@]*|[^/@\s]*)@", "://***@", text)          # a password may hold a slash
+    return re.sub(r"(://[^\s?#]*)\?[^\s'\"]*", r"\1?***", text)
 
 
 def loggable(value: Any) -> Any:
@@ -255,10 +260,12 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises `Stopped`, a second one ends the process at once."""
+    """The first SIGINT or SIGTERM raises `Stopped`; a second one, from then on, ends the process at once."""
     def stop(signum: int, _frame: Any) -> None:
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would turn workers that the same signal ended into an error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Stopped(signum)
 
     handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -305,6 +312,8 @@ def usable_cpus() -> int:
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` names; each local process takes the CUDA device of its rank."""
+    if not re.fullmatch(DEVICES, name):
+        raise UserError(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "mps" and not torch.backends.mps.is_available():
@@ -331,7 +340,8 @@ def pick_amp_dtype(device: torch.device, amp: bool | None) -> tuple[torch.dtype 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if any(able for name, able in capabilities.items() if "bf16" in name):     # avx512_bf16, amx_bf16, ...
         return torch.bfloat16, "this CPU computes in bfloat16"
-    return (torch.bfloat16, "--amp; slow, this CPU emulates bfloat16") if amp else (None, "this CPU lacks bfloat16")
+    return (torch.bfloat16, "--amp; slow, this CPU emulates bfloat16") if amp else (
+        None, "this CPU lacks bfloat16, or torch cannot tell")
 
 
 @dataclass(frozen=True)
@@ -398,7 +408,10 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if ":" in run.device:
+            raise UserError(f"--device {run.device}: each process takes a device of its own under torchrun; say cuda")
+        # Two hours: the others wait while the main process downloads.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_world_size)
     finally:
@@ -427,8 +440,8 @@ def accelerate(model: nn.Module, runtime: Runtime, compile: tuple[bool, str], ex
     """What to call in place of `model`: on the device, channels-last, compiled if asked for and if it works.
 
     torch.compile is lazy and fails at the first call, so that call is made here, on `example` (uint8 images),
-    in the mode (train or eval) that the model is in. It leaves weights, BatchNorm statistics, gradients and
-    random state as they were. The result shares the model's weights.
+    in the mode (train or eval) that the model is in. It leaves weights, BatchNorm statistics and random state as
+    they were, and no gradients. The result shares the model's weights.
     """
     model.to(runtime.device, memory_format=memory_format)
     wanted, why = compile
@@ -437,7 +450,8 @@ def accelerate(model: nn.Module, runtime: Runtime, compile: tuple[bool, str], ex
     before = copy.deepcopy(model.state_dict())
     started = time.perf_counter()
     try:
-        with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
+        devices = [runtime.device] if runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode(not model.training):
             net = torch.compile(model)
             with runtime.autocast():
                 logits = net(*runtime.move(example))
@@ -480,6 +494,11 @@ class PixelStatistics(NamedTuple):
     whitening: Tensor    # (24, 3, 2, 2)
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) from 0 to 255 to floats of mean 0 and deviation 1."""
+    return (images / 255 - mean) / std
+
+
 def pixel_statistics(images: Tensor) -> PixelStatistics:
     """Mean and deviation of all pixels, and filters that whiten 2x2 patches, of uint8 `images` (N, 3, S, S).
 
@@ -491,16 +510,15 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
-    sample = (images[:5000].double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    covariance, patches_seen = torch.zeros(12, 12, dtype=torch.float64), 0
+    for some in images[:5000].split(500):                          # all at once would take 600 MB
+        sample = normalise(some.double(), mean.view(3, 1, 1), std.view(3, 1, 1))
+        patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+        covariance += patches.T @ patches
+        patches_seen += len(patches)
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / patches_seen)
     filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
     return PixelStatistics(mean.float(), std.float(), torch.cat([filters, -filters]).float())
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels (N, 3, S, S) from 0 to 255 to float32 of mean 0 and deviation 1."""
-    return (images / 255 - mean) / std
 
 
 class ConvBlock(nn.Module):
@@ -590,6 +608,8 @@ def logits_of_views(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> Te
 # ------------------------------------------------------------------------------------------------------------
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says, transparency laid on the letterbox's gray, 16 bits scaled to 8, as RGB."""
+    if 0 in image.size:
+        raise ValueError("the picture has no pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):                          # Pillow's own conversion clips at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
@@ -603,16 +623,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """A picture as RGB. Raises `UserError` with the reason where it cannot be read."""
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    opened = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(opened) as image:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))    # big JPEGs: decode at a fraction of their size
             return to_rgb(image)
     except Image.UnidentifiedImageError:
         head = source[:12] if isinstance(source, bytes) else Path(source).open("rb").read(12)
-        if head[4:8] == b"ftyp":
+        if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1"):
             raise UserError("a HEIC photo, which Pillow cannot read: export it as JPEG") from None
         raise UserError("not a picture that Pillow can read" if head else "the file is empty") from None
     except FileNotFoundError:
@@ -900,6 +919,16 @@ class SavedModel(NamedTuple):
     settings: dict[str, Any]
 
 
+def flush_folder(folder: Path) -> None:
+    """Makes a move within `folder` last, where the system can (Windows and some network disks cannot)."""
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def save_atomically(payload: dict[str, Any], path: Path) -> None:
     """Written beside `path`, flushed, then moved over it: a crash or a full disk leaves the old file whole."""
     beside = path.with_name(path.name + ".tmp")
@@ -909,10 +938,7 @@ def save_atomically(payload: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        if hasattr(os, "O_DIRECTORY"):                             # the move itself, where folders can be flushed
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        flush_folder(path.parent)
     except (OSError, RuntimeError) as error:                       # torch's writer reports a full disk as the latter
         beside.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written: {error}") from None
@@ -1006,16 +1032,18 @@ def reserve_model_path(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------
 # Tracking: MLflow, or nothing. A failure is told once and never reaches the training.
 # ------------------------------------------------------------------------------------------------------------
+SAVED_VIEW = "workflowType=machine_learning&viewStateShareKey=classifier"    # else the UI opens on an empty page
 METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second": "speed/epoch_img_s",
                 "data_wait_seconds": "data/epoch_wait_s", "peak_memory_mb": "memory/peak_mb",
                 "train_seconds": "time/train_s", "evaluation_seconds": "time/eval_s", "total_seconds": "time/total_s",
                 "compile_seconds": "time/compile_s", "train_images_per_second": "speed/train_img_s",
-                "epoch_peak_memory_mb": "memory/epoch_mb", "data_wait": "data/wait_s",
+                "peak_memory_so_far_mb": "memory/so_far_mb", "data_wait": "data/wait_s",
                 "ece": "calibration/ece", "skipped_updates": "train/skipped"}
 RUN_NAME_PARTS = {"width": "w", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x", "epochs": "e",
                   "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
                   "weight_decay": "wd", "label_smoothing": "ls", "warmup": "up", "bias_lr_scale": "bias",
-                  "flip": "flip", "shift": "shift", "cutout": "cut", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
+                  "flip": "flip", "shift": "shift", "cutout": "cut", "holdout": "hold",
+                  "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1027,16 +1055,20 @@ def command_line(config: Config, **changes: Any) -> str:
             words += ([flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool)
                       else [flag, *map(redact, value)] if isinstance(value, tuple) else [flag, str(loggable(value))])
     start = "python" if "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun [its flags]"
-    return f"{start} classifier.py {shlex.join(words)}"
+    return f"{start} {shlex.join([os.path.relpath(__file__), *words])}"
 
 
 def default_run_name(config: Config) -> str:
     """What differs from the defaults, most telling first, as far as MLflow's table shows it (18 characters)."""
     flat, defaults = config.flat(), Config().flat()
-    parts = [f"{'' if flat[name] else 'no'}{short}" if isinstance(flat[name], bool) else f"{short}{flat[name]:g}"
-             for name, short in RUN_NAME_PARTS.items() if flat[name] != defaults[name]]
-    mode = {"evaluate": ["eval"], "benchmark": ["bench"]}.get(config.run.mode, [])
-    return " ".join(mode + parts)[:18].rstrip() or "default"
+    parts = [{"evaluate": "eval", "benchmark": "bench"}.get(config.run.mode, "")]
+    for name, short in RUN_NAME_PARTS.items():
+        value = flat[name]
+        if value != defaults[name]:
+            parts.append(f"{'' if value else 'no'}{short}" if isinstance(value, bool) else
+                         f"{short}{value:g}" if isinstance(value, float) else f"{short}{value}")
+    names = itertools.accumulate(filter(None, parts), "{} {}".format)
+    return max((name for name in names if len(name) <= 18), key=len, default="default")
 
 
 def effective_batch(train: TrainSettings, runtime: Runtime) -> int:
@@ -1069,130 +1101,15 @@ def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any],
     }
 
 
-class Tracker:
-    """Tracks nothing: what --no-mlflow and every process but the main one talk to."""
-    run_id: str | None = None
-
-    def log_settings(self, config: Config, resolved: dict[str, Any], data: ImageData) -> None:
-        """Once, before the work."""
-
-    def log_metrics(self, record: dict[str, Any], step: int | None = None) -> None:
-        """The numbers of an epoch, or with no step the final ones."""
-
-    def log_outcome(self, headline: str, confusion: Tensor, class_names: tuple[str, ...], files: list[Path]) -> None:
-        """Once, after the work: result in words, confusion matrix (classes, classes), files to keep."""
-
-    def close(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED."""
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class MlflowTracker(Tracker):
-    """One MLflow run. A call that fails waits, with all that follow it, until the next one is made."""
-
-    def __init__(self, config: Config, uri: str, run_id: str | None) -> None:
-        import mlflow
-        self.mlflow, self.config, self.uri, self.run_id = mlflow, config, uri, run_id
-        self.database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-        self.experiment_id = ""
-        self.waiting: list[Callable[[], Any]] = [self.start]
-        self.warned = False
-
-    def send(self, call: Callable[[], Any]) -> None:
-        self.waiting.append(call)
-        try:
-            with signals_held(), contextlib.redirect_stdout(sys.stderr):       # stdout belongs to the results
-                if self.database:
-                    check_database(self.database)
-                while self.waiting:
-                    self.waiting[0]()
-                    self.waiting.pop(0)
-        except Exception as error:      # any: tracking must never end a training
-            if not self.warned:
-                cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                note(f"MLflow at {self.uri} does not take the run, which goes on (each epoch tries again): {cause}")
-            self.warned = True
-
-    def start(self) -> None:
-        mlflow, config = self.mlflow, self.config
-        mlflow.set_tracking_uri(self.uri)
-        name = config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.data.dataset
-        with contextlib.ExitStack() as stack:
-            location = None
-            if self.database:           # two processes that create its tables at once break each other
-                location = (self.database.parent / "mlartifacts").as_uri()
-                lock = self.database.with_name(f".{self.database.name}.lock")
-                stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
-            found = mlflow.get_experiment_by_name(name)
-            self.experiment_id = (found.experiment_id if found else
-                                  mlflow.create_experiment(name, artifact_location=location))
-        run = mlflow.start_run(run_id=self.run_id, experiment_id=self.experiment_id, nested=True,
-                               run_name=config.tracking.run_name or default_run_name(config), log_system_metrics=False)
-        self.run_id = run.info.run_id
-
-    def log_settings(self, config: Config, resolved: dict[str, Any], data: ImageData) -> None:
-        def as_param(value: Any) -> str:
-            return "auto" if value is None else f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
-
-        params = {name: as_param(value) for name, value in (config.flat() | resolved).items() if name != "resume"}
-
-        def log() -> None:
-            from mlflow.data.http_dataset_source import HTTPDatasetSource
-            from mlflow.data.meta_dataset import MetaDataset
-            known = self.mlflow.get_run(self.run_id).data          # a resumed run's parameters cannot be changed
-            self.mlflow.log_params({name: value for name, value in params.items() if name not in known.params})
-            self.mlflow.set_tags({f"resumed_{name}": value for name, value in params.items()
-                                  if known.params.get(name, value) != value})
-            if known.params:
-                return
-            self.mlflow.set_tags({"task": config.run.mode, "torch": str(torch.__version__), "host": platform.node(),
-                                  "mlflow.runColor": self.color()})
-            for split, context in ((data.train, "train"), (data.evaluation, data.evaluation_name)):
-                self.mlflow.log_input(MetaDataset(HTTPDatasetSource(data.source), name=data.name,
-                                                  digest=split.digest), context=context)
-        self.send(log)
-
-    def color(self) -> str:
-        """The next of many hues: MLflow's own colours collide with few runs."""
-        import colorsys
-        count = len(self.mlflow.MlflowClient().search_runs([self.experiment_id], max_results=1000))
-        red, green, blue = colorsys.hsv_to_rgb(count * 0.618 % 1, 0.75, 0.8)       # golden-ratio steps stay apart
-        return f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}"
-
-    def log_metrics(self, record: dict[str, Any], step: int | None = None) -> None:
-        metrics = {METRIC_NAMES.get(name, name.replace("_", "/", 1)): 100 * value if "accuracy" in name else value
-                   for name, value in record.items()
-                   if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value)}
-        accuracy_first = dict(sorted(metrics.items(), key=lambda item: not item[0].endswith("/accuracy")))
-        self.send(lambda: self.mlflow.log_metrics(accuracy_first, step=step))      # the first is what compare draws
-
-    def log_outcome(self, headline: str, confusion: Tensor, class_names: tuple[str, ...], files: list[Path]) -> None:
-        defaults = Config().flat()
-        changed = [f"- `{name}` {loggable(value)}" for name, value in self.config.flat().items()
-                   if value != defaults[name]]
-
-        def log() -> None:
-            mlflow = self.mlflow
-            mlflow.set_tag("mlflow.note.content", f"**{headline}**\n\n```\n{command_line(self.config)}\n```\n\n"
-                                                  + "\n".join(changed))
-            mlflow.log_figure(confusion_figure(confusion, class_names), "confusion_matrix.png")
-            share = confusion.diag() / confusion.sum(1).clamp(min=1)
-            mlflow.log_table({"class": list(class_names), "accuracy": (100 * share).tolist()}, "per_class.json")
-            for file in files:
-                mlflow.log_artifact(str(file))
-            mlflow.MlflowClient().set_experiment_tag(self.experiment_id, "mlflow.sharedViewState.classifier",
-                                                     shared_view(self.config))
-        self.send(log)
-
-    def close(self, status: str) -> None:
-        self.send(lambda: self.mlflow.end_run(status))
-        if self.waiting:
-            note(f"MLflow: {len(self.waiting)} calls were not logged")
-        elif not self.mlflow.active_run():                         # a run within another leaves this to it
-            page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=classifier"
-            local = self.uri.startswith("sqlite")
-            if local:
-                note(f"compare runs: mlflow ui --backend-store-uri {self.uri}")
-            note(f"{'and open' if local else 'compare runs:'} {'http://127.0.0.1:5000' if local else self.uri}/{page}")
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a sqlite:/// URI, which may be quoted and have options; None for other stores."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(urllib.parse.unquote(uri.removeprefix("sqlite:///").split("?")[0])).absolute()
 
 
 def check_database(path: Path) -> None:
@@ -1231,9 +1148,159 @@ def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
     return figure
 
 
+class Tracker:
+    """Tracks nothing: what --no-mlflow and every process but the main one talk to."""
+    run_id: str | None = None
+
+    def log_settings(self, resolved: dict[str, Any], data: ImageData) -> None:
+        """Once, before the work: what was asked for and what became of it."""
+
+    def log_metrics(self, record: dict[str, Any], step: int = 0) -> None:
+        """The numbers of an epoch, or with no step the final ones."""
+
+    def log_outcome(self, text: str, confusion: Tensor, per_class: dict[str, float], files: list[Path]) -> None:
+        """Once, after the work: the result in words, the confusion matrix (true class, answer), files to keep."""
+
+    def close(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED."""
+
+
+class MlflowTracker(Tracker):
+    """One MLflow run. A call that fails waits, with all that follow it, until the next one is made."""
+
+    def __init__(self, config: Config, uri: str, run_id: str | None, parent: Tracker | None) -> None:
+        from mlflow import MlflowClient
+        self.config, self.uri, self.run_id, self.parent = config, uri, run_id, parent
+        self.database = sqlite_path(uri)
+        self.connect = functools.cache(lambda: MlflowClient(uri))
+        self.experiment_id, self.known = "", {}
+        self.waiting: list[Callable[[], Any]] = [self.start]
+        self.warned = False
+
+    def send(self, *calls: Callable[[], Any]) -> None:
+        self.waiting += calls
+        try:
+            with signals_held(), contextlib.redirect_stdout(sys.stderr):       # stdout belongs to the results
+                if self.database:
+                    check_database(self.database)
+                while self.waiting:
+                    self.waiting[0]()
+                    self.waiting.pop(0)
+        except Exception as error:      # any: tracking must never end a training
+            if not self.warned:
+                note(f"MLflow at {self.uri} does not take the run, which goes on and tries again each epoch: "
+                     f"{first_line(error)}")
+            self.warned = True
+
+    def start(self) -> None:
+        """Finds or makes the experiment, then goes on with the run of a resumed training or makes a new one."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking.context.registry import resolve_tags  # user, script, git commit
+        client, tracking = self.connect(), self.config.tracking
+        name = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.config.data.dataset
+        with contextlib.ExitStack() as stack:
+            location = None
+            if self.database:           # two processes that create its tables at once break each other
+                location = (self.database.parent / "mlartifacts").as_uri()
+                lock = self.database.with_name(f".{self.database.name}.lock")
+                stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
+            found = client.get_experiment_by_name(name)
+            self.experiment_id = found.experiment_id if found else client.create_experiment(name, location)
+        if self.run_id:
+            try:
+                run = client.get_run(self.run_id)
+                client.update_run(self.run_id, status="RUNNING")
+                self.experiment_id, self.known = run.info.experiment_id, run.data.params
+                return
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
+                    raise
+                note(f"MLflow run {self.run_id} is gone, a new one takes its place")
+        tags = resolve_tags({"mlflow.runColor": self.color()} |
+                            ({"mlflow.parentRunId": self.parent.run_id} if self.parent and self.parent.run_id else {}))
+        run = client.create_run(self.experiment_id, tags=tags,
+                                run_name=tracking.run_name or default_run_name(self.config))
+        self.run_id = run.info.run_id
+
+    def color(self) -> str:
+        """The next of many hues: MLflow's own colours collide with few runs."""
+        count = len(self.connect().search_runs([self.experiment_id], max_results=1000))
+        red, green, blue = colorsys.hsv_to_rgb(count * 0.618 % 1, 0.75, 0.8)       # golden-ratio steps stay apart
+        return f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}"
+
+    def log_settings(self, resolved: dict[str, Any], data: ImageData) -> None:
+        from mlflow import entities
+
+        def as_text(value: Any) -> str:
+            return "auto" if value is None else f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
+        asked = self.config.flat() | resolved
+        params = {name: as_text(value) for name, value in asked.items() if name != "resume"}
+
+        def log_params() -> None:       # a resumed run's parameters stand; what differs now becomes a tag
+            new = [entities.Param(name, value) for name, value in params.items() if name not in self.known]
+            changed = {f"resumed_{name}": value for name, value in params.items()
+                       if self.known.get(name, value) != value}
+            tags = changed | {"task": self.config.run.mode, "torch": str(torch.__version__), "host": platform.node()}
+            self.connect().log_batch(self.run_id, params=new, tags=[entities.RunTag(*each) for each in tags.items()])
+
+        def log_inputs() -> None:
+            inputs = [entities.DatasetInput(
+                          entities.Dataset(data.name, split.digest, "http", json.dumps({"url": data.source})),
+                          [entities.InputTag("mlflow.data.context", context)])
+                      for split, context in ((data.train, "train"), (data.evaluation, data.evaluation_name))]
+            self.connect().log_inputs(self.run_id, inputs)
+        self.send(log_params, log_inputs)
+
+    def log_metrics(self, record: dict[str, Any], step: int = 0) -> None:
+        from mlflow.entities import Metric
+        values = {METRIC_NAMES.get(name, name.replace("_", "/", 1)): 100 * value if "accuracy" in name else value
+                  for name, value in record.items()
+                  if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value)}
+        now = int(1000 * time.time())
+        metrics = [Metric(name, value, now, step) for name, value in sorted(
+            values.items(), key=lambda item: not item[0].endswith("/accuracy"))]   # the first is what compare draws
+        self.send(lambda: self.connect().log_batch(self.run_id, metrics=metrics))
+
+    def log_outcome(self, text: str, confusion: Tensor, per_class: dict[str, float], files: list[Path]) -> None:
+        defaults = Config().flat()
+        changed = [f"- `{name}` {loggable(value)}" for name, value in self.config.flat().items()
+                   if value != defaults[name]]
+        words = "\n".join([f"**{text}**\n\n```\n{command_line(self.config)}\n```\n", *changed])
+        self.send(lambda: self.connect().set_tag(self.run_id, "mlflow.note.content", words),
+                  lambda: self.connect().set_experiment_tag(
+                      self.experiment_id, "mlflow.sharedViewState.classifier", shared_view(self.config)))
+        if self.waiting:
+            return
+        shares = {"class": list(per_class), "accuracy": [100 * share for share in per_class.values()]}
+        client, figure = self.connect(), confusion_figure(confusion, tuple(per_class))
+        for store in (lambda: client.log_figure(self.run_id, figure, "confusion_matrix.png"),
+                      lambda: client.log_table(self.run_id, shares, "per_class.json"),
+                      *(functools.partial(client.log_artifact, self.run_id, str(file)) for file in files)):
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    store()
+            except Exception as error:  # any: artifacts may lie elsewhere than the run, and need not block it
+                note(f"MLflow did not store a file: {first_line(error)}")
+
+    def close(self, status: str) -> None:
+        self.send(lambda: self.connect().set_terminated(self.run_id, status))
+        if self.waiting:
+            note(f"MLflow: {len(self.waiting)} calls were not logged")
+        elif not self.parent:           # whose end tells it
+            page = f"#/experiments/{self.experiment_id}/runs?{SAVED_VIEW}"
+            server = re.match("https?://", self.uri)
+            if not server:
+                note(f"compare runs: mlflow ui --backend-store-uri {shlex.quote(self.uri)}")
+            note(f"{'compare runs:' if server else 'and open'} {self.uri if server else 'http://127.0.0.1:5000'}/{page}")
+
+
 @contextlib.contextmanager
-def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None) -> Iterator[Tracker]:
-    """A tracker whose run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal."""
+def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None, parent: Tracker | None = None
+                 ) -> Iterator[Tracker]:
+    """A tracker whose run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
+
+    `run_id` goes on with that run; `parent` is the tracker whose run this one folds under.
+    """
     if not config.tracking.mlflow or not runtime.is_main:
         yield Tracker()
         return
@@ -1246,9 +1313,10 @@ def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None) ->
     if uri.startswith("sqlite:///"):    # the printed `mlflow ui` command must work from any folder
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     try:
-        tracker: Tracker = MlflowTracker(config, uri, run_id)
-    except ImportError as error:
-        note(f"MLflow is not installed, nothing is logged ({error}); pip install mlflow, or say --no-mlflow")
+        tracker: Tracker = MlflowTracker(config, uri, run_id or (None if parent else os.environ.get("MLFLOW_RUN_ID")),
+                                         parent)
+    except Exception as error:          # any: also what its import makes of a missing home folder
+        note(f"nothing is logged, MLflow cannot be imported ({first_line(error)}): pip install mlflow, or --no-mlflow")
         tracker = Tracker()
     status = "FAILED"
     try:
@@ -1385,7 +1453,7 @@ def train_epoch(state: TrainState, batches: Iterable, count: int, settings: Trai
     seconds = time.perf_counter() - started
     if not math.isfinite(result["train_loss"]):
         raise UserError(f"the loss is no longer finite (epoch {state.epoch + 1}, batch {meter.first_bad()}, learning "
-                        f"rate up to {max(state.lr, 1e-9):.3g}): try a lower --lr or --no-amp")
+                        f"rate {state.lr:.3g}): try a lower --lr or --no-amp")
     images_per_second = result.pop("images") / seconds
     return result | {"lr": state.lr, "seconds": seconds, "images_per_second": images_per_second,
                      "data_wait_seconds": meter.wait_seconds}
@@ -1585,21 +1653,24 @@ class Resume:
     MAY_CHANGE = {"mode", "model_path", "json", "data_dir", "data_url", "num_workers", "resume", "compile", "image",
                   "top_k", "threshold", "mlflow", "experiment", "run_name", "tracking_uri"}
 
-    def __init__(self, config: Config, data: ImageData) -> None:
+    def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.path = config.model_path.with_name(config.model_path.name + ".resume")
-        self.settings = {name: loggable(value) for name, value in config.flat().items() if name not in self.MAY_CHANGE}
+        asked = config.flat() | {"processes": runtime.world_size}
+        self.settings = {name: loggable(value) for name, value in asked.items() if name not in self.MAY_CHANGE}
         self.digest = data.train.digest
 
-    def save(self, state: TrainState, history: list[dict[str, Any]], run_id: str | None) -> None:
+    def save(self, state: TrainState, history: list[dict[str, Any]], run_id: str | None, seconds: float) -> None:
         save_atomically({"format_version": self.VERSION, "state": state.state_dict(), "history": history,
-                         "run_id": run_id, "settings": self.settings, "digest": self.digest}, self.path)
+                         "run_id": run_id, "seconds": seconds, "settings": self.settings, "digest": self.digest},
+                        self.path)
 
     def load(self) -> dict[str, Any] | None:
         """The file's content, None where there is none; UserError where it belongs to another training."""
         if not self.path.exists():
             note(f"--resume: no {self.path}, training starts afresh")
             return None
-        saved = load_checked(self.path, self.VERSION, ("state", "history", "run_id", "settings", "digest"))
+        saved = load_checked(self.path, self.VERSION, ("state", "history", "run_id", "seconds", "settings",
+                                                         "digest"))
         changed = [f"--{name.replace('_', '-')} was {saved['settings'].get(name)}, is {value}"
                    for name, value in self.settings.items() if saved["settings"].get(name) != value]
         if changed or saved["digest"] != self.digest:
@@ -1608,11 +1679,15 @@ class Resume:
         return saved
 
     def move_away(self) -> None:
-        """A training that starts anew keeps what an interrupted one left."""
-        if self.path.exists():
-            old = self.path.with_name(self.path.name + ".old")
-            os.replace(self.path, old)
-            note(f"an interrupted training was found and moved to {old}; --resume would have gone on from it")
+        """A training that starts anew keeps what an interrupted one left, if that had finished an epoch."""
+        if not self.path.exists():
+            return
+        with contextlib.suppress(UserError):                       # a damaged file is kept too
+            if not load_checked(self.path, self.VERSION, ("history",))["history"]:
+                return
+        old = self.path.with_name(self.path.name + ".old")
+        os.replace(self.path, old)
+        note(f"an interrupted training was found and moved to {old}; --resume would have gone on from it")
 
 
 @dataclass
@@ -1647,9 +1722,21 @@ def build_training(config: Config, data: ImageData, runtime: Runtime) -> Trainin
     return Training(state, sampler, loader, mirrors, resolved, report.seconds)
 
 
+def evaluate_training(training: Training, config: Config, data: ImageData, runtime: Runtime) -> Evaluation:
+    """Where training stands; with test-time augmentation after the last epoch only."""
+    state = training.state
+    last = state.epoch == config.train.epochs
+    evaluation = evaluate(state.model, data.evaluation, len(data.class_names), runtime, last and config.prediction.tta,
+                          training.mirrors)
+    if not math.isfinite(evaluation.loss):
+        raise UserError(f"the loss on the {data.evaluation_name} images is not finite after epoch {state.epoch}: try a "
+                        f"lower --lr or --no-amp")
+    return evaluation
+
+
 def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runtime
               ) -> tuple[dict[str, Any], Evaluation | None]:
-    """Train one epoch and, where one is due, evaluate: with test-time augmentation after the last epoch only."""
+    """Train one epoch and, where one is due, evaluate."""
     state, name, epochs = training.state, data.evaluation_name, config.train.epochs
     training.sampler.epoch = state.epoch
     bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}", runtime)
@@ -1657,11 +1744,10 @@ def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runt
                                                       training.mirrors, runtime)
     share_buffers(state.model, runtime)
     state.epoch += 1
-    last, every = state.epoch == epochs, config.train.eval_every
-    if not last and (not every or state.epoch % every):
+    every = config.train.eval_every
+    if state.epoch < epochs and (not every or state.epoch % every):
         return record, None
-    evaluation = evaluate(state.model, data.evaluation, len(data.class_names), runtime, last and config.prediction.tta,
-                          training.mirrors)
+    evaluation = evaluate_training(training, config, data, runtime)
     return record | {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}, evaluation
 
 
@@ -1670,31 +1756,35 @@ def headline(evaluation: Evaluation, name: str) -> str:
     return f"{percent(evaluation.accuracy)} {name} accuracy{tta}"
 
 
-def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool) -> dict[str, Any]:
+def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, parent: Tracker | None = None
+               ) -> dict[str, Any]:
     """Train with one seed, report every epoch, save the model (with `keep`); its result."""
     began, epochs, name = time.perf_counter(), config.train.epochs, data.evaluation_name
     keep = keep and runtime.is_main
-    training, resume, history, run_id = build_training(config, data, runtime), Resume(config, data), [], None
-    state = training.state
+    training, resume = build_training(config, data, runtime), Resume(config, data, runtime)
+    state, history, run_id, evaluation = training.state, [], None, None
     if config.train.resume and (saved := resume.load()):
         state.load_state_dict(saved["state"])
-        history, run_id = saved["history"], saved["run_id"]
+        history, run_id, began = saved["history"], saved["run_id"], began - saved["seconds"]
         note(f"going on after epoch {state.epoch} of {epochs}")
     elif keep:
         resume.move_away()
-    with open_tracker(config, runtime, run_id) as tracker:
+    with open_tracker(config, runtime, run_id, parent) as tracker:
         announce(training.resolved)
-        tracker.log_settings(config, training.resolved, data)
+        tracker.log_settings(training.resolved, data)
+        if keep:
+            resume.save(state, history, tracker.run_id, time.perf_counter() - began)
         if not config.run.json:
             emit({}, epoch_row({}, name, 0), config, runtime)
         while state.epoch < epochs:
-            if keep:
-                resume.save(state, history, tracker.run_id)
             record, evaluation = run_epoch(training, config, data, runtime)
             history.append(record)
             left = (epochs - state.epoch) * statistics.mean(each["seconds"] for each in history)
             emit({"event": "epoch"} | record, epoch_row(record, name, left), config, runtime)
-            tracker.log_metrics(record | {"epoch_peak_memory_mb": runtime.peak_memory_mb()}, state.epoch)
+            tracker.log_metrics(record | {"peak_memory_so_far_mb": runtime.peak_memory_mb()}, state.epoch)
+            if keep:
+                resume.save(state, history, tracker.run_id, time.perf_counter() - began)
+        evaluation = evaluation or evaluate_training(training, config, data, runtime)      # stopped just before
         result = evaluation.record(name) | {
             "train_seconds": sum(each["seconds"] for each in history), "evaluation_seconds": evaluation.seconds,
             "total_seconds": time.perf_counter() - began, "compile_seconds": training.compile_seconds,
@@ -1706,7 +1796,7 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool) ->
             save_model(config.model_path, state.model, data, training.mirrors, config, result)
             resume.path.unlink(missing_ok=True)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
-        tracker.log_outcome(text, evaluation.confusion, data.class_names,
+        tracker.log_outcome(text, evaluation.confusion, evaluation.per_class(data.class_names),
                             [Path(__file__)] + [config.model_path] * keep)
         result |= {"seed": config.run.seed, "model_path": str(config.model_path) if keep else None,
                    "run_id": tracker.run_id}
@@ -1735,9 +1825,9 @@ def run_train(config: Config, runtime: Runtime) -> int:
             train_seed(config, data, runtime, keep=True)
             return 0
         with open_tracker(config, runtime) as parent:
-            parent.log_settings(config, {}, data)
+            parent.log_settings({}, data)
             results = [train_seed(replace(config, run=replace(config.run, seed=seed), train=replace(
-                config.train, repeats=1)), data, runtime, keep=seed == seeds[0]) for seed in seeds]
+                config.train, repeats=1)), data, runtime, seed == seeds[0], parent) for seed in seeds]
             summary = summarise(results, data.evaluation_name)
             parent.log_metrics(summary)
     name = f"{data.evaluation_name}_accuracy"
@@ -1752,6 +1842,9 @@ def as_trained(config: Config, saved: SavedModel) -> Config:
     if config.data.dataset not in (saved.dataset, DataSettings().dataset):
         raise UserError(f"--dataset {config.data.dataset}: {config.model_path} was trained on {saved.dataset}")
     then = saved.settings
+    if config.data.holdout and config.data.holdout != then.get("holdout"):
+        raise UserError(f"--holdout {config.data.holdout}: {config.model_path} was trained on some of these images, "
+                        f"with --holdout {then.get('holdout')}")
     model, train = (part(**{f.name: then[f.name] for f in fields(part) if f.name in then})
                     for part in (ModelSettings, TrainSettings))
     return replace(config, model=model, train=train,
@@ -1774,20 +1867,19 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     compile = pick_compile(config.run.compile, runtime.device, one_off=True)
     net, report = accelerate(saved.model, runtime, compile, data.evaluation.images[:EVALUATION_BATCH])
     resolved = resolved_settings(config, runtime, loader_options(0, runtime), report, data, saved.mirrors)
-    announce(resolved)
     with open_tracker(config, runtime) as tracker:
-        tracker.log_settings(config, resolved, data)
+        tracker.log_settings(resolved, data)
         evaluation = evaluate(net, data.evaluation, len(data.class_names), runtime, config.prediction.tta,
                               saved.mirrors, saved.temperature)
-        result = evaluation.record(data.evaluation_name) | {"seconds": evaluation.seconds}
+        result, per_class = evaluation.record(data.evaluation_name), evaluation.per_class(data.class_names)
         text = headline(evaluation, data.evaluation_name)
-        tracker.log_metrics(result)
-        tracker.log_outcome(text, evaluation.confusion, data.class_names, [])
-    per_class = evaluation.per_class(data.class_names)
+        tracker.log_metrics(result | {"evaluation_seconds": evaluation.seconds})
+        tracker.log_outcome(text, evaluation.confusion, per_class, [])
     lines = [f"{text}, loss {evaluation.loss:.4f}, calibration error {percent(evaluation.ece)}, "
              f"{len(data.evaluation)} images in {evaluation.seconds:.1f} s",
              *(f"  {label:<12} {percent(share):>8}" for label, share in per_class.items())]
-    emit({"event": "result"} | result | {"per_class": per_class}, "\n".join(lines), config, runtime)
+    emit({"event": "result"} | result | {"per_class": per_class, "seconds": evaluation.seconds}, "\n".join(lines),
+         config, runtime)
     return 0
 
 
@@ -1795,7 +1887,8 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
     """Paths of pictures: files as named, those below folders, those that match globs, `-` for stdin's lines."""
     for pattern in patterns:
         if pattern == "-":
-            yield from find_images(line for line in map(str.rstrip, sys.stdin) if line not in ("", "-"))
+            yield from find_images(line for line in (each.rstrip("\r\n") for each in sys.stdin)
+                                   if line not in ("", "-"))
         elif os.path.isdir(pattern):
             found = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names
                      if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
@@ -1938,8 +2031,9 @@ def training_case(case: Case, split: Split, config: Config, data: ImageData
     loader = (build_loader(split, sampler, options) if ours else
               DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
     state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, case.runtime)
-    return functools.partial(train_epoch, state, loader, len(sampler), replace(settings, cutout=0, shift=settings.shift * ours),
-                             config.run.seed, ours and data.mirrors, case.runtime), report
+    same_work = replace(settings, cutout=0, shift=settings.shift * ours)       # the usual pipeline has shifted before
+    return functools.partial(train_epoch, state, loader, len(sampler), same_work, config.run.seed,
+                             ours and data.mirrors, case.runtime), report
 
 
 def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
@@ -2035,30 +2129,33 @@ def benchmark_text(row: dict[str, Any]) -> str:
     return text + (f"  compiled in {row['compile_seconds']:.0f} s" if row.get("compile_seconds") else "")
 
 
+def log_case(case: Case, row: dict[str, Any], config: Config, data: ImageData, parent: Tracker) -> None:
+    """A configuration's training as an MLflow run, with the parameters of an ordinary training."""
+    compiled = "compile" in case.chosen
+    child = replace(config, tracking=replace(config.tracking, run_name=case.name), run=replace(
+        config.run, amp="mixed_precision" in case.chosen, compile=compiled))
+    with open_tracker(child, case.runtime, parent=parent) as tracker:
+        report = CompileReport(compiled, "benchmark", row["compile_seconds"])
+        options = loader_options(config.data.num_workers, case.runtime)
+        tracker.log_settings(resolved_settings(child, case.runtime, options, report, data, data.mirrors), data)
+        tracker.log_metrics({"train_images_per_second": row["value"], "speed_over_baseline": row["ratio"],
+                             "peak_memory_mb": row["peak_memory_mb"], "compile_seconds": row["compile_seconds"]})
+
+
 def run_benchmark(config: Config, runtime: Runtime) -> int:
     """What each optimization gains on this machine, and whether it leaves the results alone."""
     note(command_line(config))
     data, rows = load_data(config.data), []
     with open_tracker(config, runtime) as parent:
-        parent.log_settings(config, {}, data)
+        parent.log_settings({}, data)
         for part in (self_checks, benchmark_loading, benchmark_inference, benchmark_training):
             note(f"measuring: {part.__name__}")
             for row in part(config, data, runtime):
                 emit(row, benchmark_text(row), config, runtime)
                 rows.append(row)
-        training = {row["name"]: row for row in rows if row.get("area") == "training"}
-        parent.log_metrics({"best_speedup": max(row["ratio"] for row in training.values())})
-        for case in (each for each in benchmark_cases(runtime) if each.name in training):
-            row = training[case.name]
-            child = replace(config, tracking=replace(config.tracking, run_name=case.name), run=replace(
-                config.run, amp="mixed_precision" in case.chosen, compile="compile" in case.chosen))
-            with open_tracker(child, runtime) as tracker:
-                report = CompileReport("compile" in case.chosen, "benchmark")
-                resolved = resolved_settings(child, case.runtime, loader_options(config.data.num_workers, runtime),
-                                             report, data, data.mirrors)
-                tracker.log_settings(child, resolved, data)
-                tracker.log_metrics({"train_images_per_second": row["value"], "speed_over_baseline": row["ratio"],
-                                     "peak_memory_mb": row["peak_memory_mb"]})
+        for case in benchmark_cases(runtime):
+            for row in (row for row in rows if (row.get("area"), row["name"]) == ("training", case.name)):
+                log_case(case, row, config, data, parent)
     return 1 if any(row.get("passed") is False for row in rows) else 0
 
 
@@ -2073,6 +2170,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):                        # paths need not be valid text, nor LANG UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     config = parse_config(argv)
     try:
         with stop_signals(), open_runtime(config.run) as runtime:
@@ -2087,9 +2186,15 @@ def main(argv: list[str] | None = None) -> int:
                                         if config.run.mode == "train" and config.train.repeats == 1 else ""))
         return 128 + stopped.signum
     except torch.OutOfMemoryError:
-        print(f"classifier.py: out of GPU memory; the same effective batch with less of it: --batch-size "
+        print(f"classifier.py: out of GPU memory; train needs less for the same effective batch with --batch-size "
               f"{max(1, config.train.batch_size // 2)} --accumulate-grad-steps "
               f"{2 * config.train.accumulate_grad_steps}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise                                                  # a bug keeps its traceback
+        print(f"classifier.py: {first_line(error)}; most often memory or /dev/shm is short: go on with "
+              f"{command_line(config, num_workers=0, resume=True)}", file=sys.stderr)
         return 1
     except BrokenPipeError:                                        # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,7 +19,7 @@ def test_round_trip(trained):
     assert not model.model.training and model.class_names == tuple("0123456789") and model.dataset == "digits"
     assert all(torch.equal(tensor, saved["weights"][name]) for name, tensor in model.model.state_dict().items())
     assert saved["metrics"]["test_accuracy"] > 0.2
-    assert saved["settings"]["epochs"] == 4 and saved["model"] == {"width": 8}
+    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8}
 
 
 def test_statistics_travel_with_the_file(trained, tmp_path):
@@ -96,7 +96,7 @@ def test_a_bad_model_file_is_one_clear_line(tmp_path, capsys, write, words, mode
     path = tmp_path / "model.pth"
     write(path)
     assert classifier.main(["--mode", mode, "--model-path", str(path), "--image", "x.png", "--no-mlflow"]) == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("python classifier.py")]
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("python ")]
     assert len(told) == 1 and "model.pth" in told[0]
     import re
     assert re.search(words, told[0])

@@ -61,6 +61,11 @@ def test_evaluate_as_text_names_the_classes(capsys, trained):
     assert code == 0 and "test accuracy" in out.splitlines()[0] and len(out.splitlines()) == 11
 
 
+def test_evaluate_refuses_to_call_training_images_held_out(capsys, trained):
+    code, _, err = run(capsys, "--mode", "evaluate", "--model-path", trained, "--holdout", 50)
+    assert code == 1 and "--holdout 50" in err
+
+
 def test_evaluate_refuses_another_data_set(capsys, trained):
     saved = torch.load(trained, weights_only=True)
     torch.save(saved | {"dataset": "cifar10"}, "cifar10_model.pth")
@@ -153,6 +158,17 @@ def test_resume_with_nothing_or_a_damaged_file(capsys):
     before = open("digits_model.pth", "rb").read()
     code, _, err = run(capsys, "--mode", "train", *TINY, "--resume")
     assert code == 1 and "digits_model.pth.resume" in err and open("digits_model.pth", "rb").read() == before
+
+
+def test_stopped_after_the_last_epoch(capsys, monkeypatch):
+    def full(*_):
+        raise classifier.UserError("disk full")
+    straight = rows(run(capsys, "--mode", "train", *TINY, "--json", "--model-path", "a.pth")[1])[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "save_model", full)
+        assert run(capsys, "--mode", "train", *TINY)[0] == 1
+    *epochs, result = rows(run(capsys, "--mode", "train", *TINY, "--resume", "--json")[1])
+    assert not epochs and result["test_accuracy_tta"] == straight["test_accuracy_tta"]
 
 
 def test_starting_anew_keeps_what_an_interrupted_run_left(capsys, monkeypatch):

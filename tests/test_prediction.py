@@ -91,6 +91,14 @@ def test_answers_are_sorted_and_named(trained):
     assert predict([noise(40, 40)], model_path=trained, threshold=1.0)[0].label == "unknown"
     with pytest.raises(UserError):
         predict([noise(4, 4)], model_path=trained, top_k=0)
+    with pytest.raises(UserError, match="gpu"):
+        predict([noise(4, 4)], model_path=trained, device="gpu")
+
+
+def test_pil_images_that_cannot_be_read(trained):
+    cut = Image.open(io.BytesIO(encoded(noise(64, 64))[:900]))
+    for answer in predict([cut, Image.new("RGB", (0, 0))], model_path=trained):
+        assert answer.error and answer.label is None
 
 
 def test_sources_of_all_kinds_and_a_bad_one_between(trained, tmp_path):

@@ -69,14 +69,14 @@ def test_command_line_gives_the_same_settings_back():
     config = parse_config(words)
     import shlex
     assert parse_config(shlex.split(command_line(config))[2:]) == config
-    assert command_line(config, resume=True).endswith("--resume --no-tta --run-name 'two words'") or \
-        "--resume" in command_line(config, resume=True)
+    assert "--resume" in command_line(config, resume=True)
 
 
 @pytest.mark.parametrize("text,clean", [
     ("http://me:secret@host/x", "http://***@host/x"),
     ("http://host/x?token=secret more", "http://host/x?*** more"),
     ("postgresql://u:secret@h/db", "postgresql://***@h/db"),
+    ("postgresql://u:se/cret@h/db", "postgresql://***@h/db"), ("http://host/a@b", "http://host/a@b"),
     ("data/file.txt", "data/file.txt"), ("http://host/x", "http://host/x")])
 def test_redact(text, clean):
     assert redact(text) == clean

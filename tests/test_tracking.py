@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,10 +110,10 @@ def log_something(config, runtime, tmp_path):
     data = classifier.load_data(DataSettings(dataset="digits", limit_images=20))
     resolved = {"run_device": "cpu"}
     with open_tracker(config, runtime) as tracker:
-        tracker.log_settings(config, resolved, data)
+        tracker.log_settings(resolved, data)
         for epoch in range(3):
             tracker.log_metrics({"train_loss": 1.0, "test_accuracy": 0.5}, epoch)
-        tracker.log_outcome("fine", torch.eye(10), data.class_names, [])
+        tracker.log_outcome("fine", torch.eye(10), dict.fromkeys(data.class_names, 1.0), [])
     return tracker
 
 
@@ -127,15 +128,15 @@ def test_a_store_that_fails_is_told_once_and_hurts_nobody(cpu, tmp_path, capsys,
 
 
 def test_a_call_that_failed_is_made_again(cpu, tmp_path, monkeypatch, capsys):
-    import mlflow
-    real, broken = mlflow.log_metrics, [1, 1]
+    from mlflow import MlflowClient
+    real, broken = MlflowClient.log_batch, [1, 1]
 
-    def unreliable(*args, **more):
-        if broken:
+    def unreliable(*args, metrics=(), **more):
+        if broken and metrics:
             broken.pop()
             raise ConnectionError("gone for a moment")
-        return real(*args, **more)
-    monkeypatch.setattr(mlflow, "log_metrics", unreliable)
+        return real(*args, metrics=metrics, **more)
+    monkeypatch.setattr(MlflowClient, "log_batch", unreliable)
     tracker = log_something(settings(), cpu, tmp_path)
     client, _, (run,) = runs_of(tmp_path / "mlflow.db")
     assert [each.step for each in client.get_metric_history(tracker.run_id, "train/loss")] == [0, 1, 2]
@@ -150,6 +151,40 @@ def test_the_run_ends_as_the_work_does(cpu, tmp_path, error, status):
         raise error()
     _, _, (run,) = runs_of(tmp_path / "mlflow.db")
     assert run.info.status == status
+
+
+def test_artifacts_that_cannot_be_stored_do_not_block_the_run(cpu, tmp_path, monkeypatch, capsys):
+    from mlflow import MlflowClient
+
+    def refuse(*_, **__):
+        raise PermissionError("no credentials")
+    monkeypatch.setattr(MlflowClient, "log_figure", refuse)
+    log_something(settings(), cpu, tmp_path)
+    client, _, (run,) = runs_of(tmp_path / "mlflow.db")
+    assert run.info.status == "FINISHED" and "no credentials" in capsys.readouterr().err
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["per_class.json"]
+
+
+def test_children_fold_under_their_parent(capsys, tmp_path):
+    assert classifier.main(["--mode", "train", *LOGGED, "--repeats", "2"]) == 0
+    parent, *children = runs_of(tmp_path / "mlflow.db")[2]
+    assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
+    assert parent.data.metrics["test/accuracy_mean"] == pytest.approx(
+        sum(child.data.metrics["test/accuracy"] for child in children) / 2)
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert capsys.readouterr().err.count("compare runs") == 1
+
+
+def test_a_resumed_run_that_is_gone_gets_a_new_one(cpu, tmp_path, capsys):
+    with open_tracker(settings(), cpu, run_id="0" * 32) as tracker:
+        tracker.log_metrics({"train_loss": 1.0}, 1)
+    (run,) = runs_of(tmp_path / "mlflow.db")[2]
+    assert run.info.run_id == tracker.run_id != "0" * 32 and "is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("uri,path", [("sqlite:////a%20b/m.db?timeout=3", "/a b/m.db"), ("http://host", None)])
+def test_sqlite_path(uri, path):
+    assert classifier.sqlite_path(uri) == (path and Path(path))
 
 
 def test_nothing_is_written_when_off_or_not_the_main_process(cpu, tmp_path):
@@ -211,5 +246,5 @@ def test_a_signal_ends_the_run_as_killed_and_tells_how_to_go_on(tmp_path, number
     _, _, (run,) = runs_of(tmp_path / "mlflow.db")
     assert run.info.status == "KILLED"
     words = shlex.split(line.split("go on with: ")[1])
-    assert words[:2] == ["python", "classifier.py"] and "--resume" in words
+    assert words[0] == "python" and words[1].endswith("classifier.py") and "--resume" in words
     assert (tmp_path / "digits_model.pth.resume").exists()
