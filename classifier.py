@@ -1174,7 +1174,7 @@ class MlflowTracker(Tracker):
         from mlflow import MlflowClient
         self.config, self.uri, self.run_id, self.parent = config, uri, run_id, parent
         self.database = sqlite_path(uri)
-        self.connect = functools.cache(lambda: MlflowClient(uri))
+        self.connect = functools.cache(lambda: MlflowClient(uri))  # a bad store must fail within `send`, not here
         self.experiment_id, self.known = "", {}
         self.waiting: list[Callable[[], Any]] = [self.start]
         self.warned = False
@@ -1198,7 +1198,7 @@ class MlflowTracker(Tracker):
         """Finds or makes the experiment, then goes on with the run of a resumed training or makes a new one."""
         from mlflow.exceptions import MlflowException
         from mlflow.tracking.context.registry import resolve_tags  # user, script, git commit
-        client, tracking = self.connect(), self.config.tracking
+        tracking = self.config.tracking
         name = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.config.data.dataset
         with contextlib.ExitStack() as stack:
             location = None
@@ -1206,6 +1206,7 @@ class MlflowTracker(Tracker):
                 location = (self.database.parent / "mlartifacts").as_uri()
                 lock = self.database.with_name(f".{self.database.name}.lock")
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
+            client = self.connect()
             found = client.get_experiment_by_name(name)
             self.experiment_id = found.experiment_id if found else client.create_experiment(name, location)
         if self.run_id:

@@ -33,6 +33,13 @@ def digits():
     return load_data(classifier.DataSettings(dataset="digits"))
 
 
+@pytest.fixture
+def unsure(trained, tmp_path):
+    """The same answers with hardly any confidence."""
+    torch.save(torch.load(trained, weights_only=True) | {"temperature": 100.0}, tmp_path / "unsure.pth")
+    return tmp_path / "unsure.pth"
+
+
 def png(images, number):
     return encoded(Image.fromarray(images[number].permute(1, 2, 0).numpy()))
 
@@ -83,12 +90,13 @@ def test_batch_equals_singles(trained, digits):
         assert alone.label == answer.label and alone.confidence == pytest.approx(answer.confidence, abs=2e-2)
 
 
-def test_answers_are_sorted_and_named(trained):
+def test_answers_are_sorted_and_named(trained, unsure):
     answer = predict([noise(40, 40)], model_path=trained, top_k=99)[0]
     values = [value for _, value in answer.top]
     assert len(values) == 10 and values == sorted(values, reverse=True) and sum(values) == pytest.approx(1, abs=1e-5)
     assert answer.label == answer.top[0][0] and answer.confidence == values[0]
-    assert predict([noise(40, 40)], model_path=trained, threshold=1.0)[0].label == "unknown"
+    doubtful = predict([noise(40, 40)], model_path=unsure, threshold=0.9)[0]
+    assert doubtful.label == "unknown" and doubtful.top[0][0] == answer.label and doubtful.confidence < 0.9
     with pytest.raises(UserError):
         predict([noise(4, 4)], model_path=trained, top_k=0)
     with pytest.raises(UserError, match="gpu"):
@@ -165,8 +173,8 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(trained, album, capsy
         assert any(name in row["image"] for row in bad) and sum(name in line.split(': ')[0] for line in err.splitlines()) == 1
 
 
-def test_text_rows(trained, album, capsys):
-    code, out, err = run(capsys, "--model-path", trained, "--image", album / "a.png", "--threshold", 1)
+def test_text_rows(unsure, album, capsys):
+    code, out, err = run(capsys, "--model-path", unsure, "--image", album / "a.png", "--threshold", 0.9)
     assert code == 0 and out.startswith(f"{album}/a.png: unknown (") and err == ""
 
 
