@@ -511,13 +511,9 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
-    covariance, patches_seen = torch.zeros(12, 12, dtype=torch.float64), 0
-    for some in images[:5000].split(500):                          # all at once would take 600 MB
-        sample = normalise(some.double(), mean.view(3, 1, 1), std.view(3, 1, 1))
-        patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-        covariance += patches.T @ patches
-        patches_seen += len(patches)
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / patches_seen)
+    sample = normalise(images[:5000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
+    patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
     return PixelStatistics(mean.float(), std.float(), torch.cat([filters, -filters]).float())
 
