@@ -511,10 +511,13 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     share = counts / counts.sum(1, keepdim=True)
     mean = (share * levels).sum(1)
     std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
-    sample = normalise(images[:5000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
+    sample = normalise(images[:1000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
     patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
     eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+    # Gray images leave directions empty, whose noise BatchNorm would blow up: the others take their places.
+    filled = (eigenvalues.clamp(min=0) >= 1e-6 * eigenvalues[-1]).nonzero().flatten()
+    chosen = filled[torch.arange(12) % len(filled)]
+    filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
     return PixelStatistics(mean.float(), std.float(), torch.cat([filters, -filters]).float())
 
 

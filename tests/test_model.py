@@ -52,6 +52,13 @@ def test_gray_images_do_not_break_the_whitening():
     assert all(torch.isfinite(part).all() for images in (gray, black) for part in pixel_statistics(images))
 
 
+def test_every_filter_answers_to_gray_images_too():
+    gray = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8).expand(-1, 3, -1, -1)
+    found = pixel_statistics(gray)
+    out = F.conv2d((gray / 255 - found.mean.view(3, 1, 1)) / found.std.view(3, 1, 1), found.whitening)
+    torch.testing.assert_close(out.var((0, 2, 3)), torch.ones(24), atol=0.02, rtol=0)
+
+
 def test_answers_do_not_depend_on_batch_mates(model, images):
     model.eval()
     torch.testing.assert_close(model(images)[:1], model(images[:1]), atol=1e-5, rtol=0)
