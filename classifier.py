@@ -17,6 +17,7 @@ settings, runtime, model, pixels, data, checkpoints, tracking, training, predict
 from __future__ import annotations
 
 import argparse
+import base64
 import colorsys
 import contextlib
 import copy
@@ -152,6 +153,7 @@ class TrackingSettings:
     experiment: str | None = setting(None, "MLflow experiment (auto: the data set's name)")
     run_name: str | None = setting(None, "MLflow run name (auto: what differs from the defaults)")
     tracking_uri: str | None = setting(None, "MLflow store (auto: MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    system_metrics: bool = setting(False, "log the machine's load too, every 2 seconds; needs psutil")
 
 
 @dataclass(frozen=True)
@@ -276,22 +278,6 @@ def stop_signals() -> Iterator[None]:
     finally:
         for each, handler in before:
             signal.signal(each, handler)
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """The first SIGINT or SIGTERM waits until the block is over: half a transaction would keep a database locked."""
-    stopping = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    waiting: list[int] = []
-    before = {each: signal.signal(each, lambda signum, _: waiting.append(signum))
-              for each in stopping if callable(signal.getsignal(each))}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        if waiting:
-            signal.raise_signal(waiting[0])
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -1031,9 +1017,10 @@ def reserve_model_path(path: Path) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tracking: MLflow, or nothing. A failure is told once and never reaches the training.
+# Tracking: MLflow, or nothing. A failure is told once, never reaches the training and holds it up for seconds at most.
 # ------------------------------------------------------------------------------------------------------------
-SAVED_VIEW = "workflowType=machine_learning&viewStateShareKey=classifier"    # else the UI opens on an empty page
+TRACKING_PATIENCE = 10             # seconds that an epoch waits for MLflow
+CLOSING_PATIENCE = 60              # and the end of a run, where the model's file is stored
 METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second": "speed/epoch_img_s",
                 "data_wait_seconds": "data/epoch_wait_s", "peak_memory_mb": "memory/peak_mb",
                 "train_seconds": "time/train_s", "evaluation_seconds": "time/eval_s", "total_seconds": "time/total_s",
@@ -1120,17 +1107,21 @@ def check_database(path: Path) -> None:
         connection.execute("BEGIN IMMEDIATE")
 
 
-def shared_view(config: Config) -> str:
-    """MLflow's saved view, undocumented (3.17): the runs table with the columns that tell runs apart."""
-    name = "holdout" if config.data.holdout else "test"
-    columns = [f"metrics.`{key}`" for key in (f"{name}/accuracy", f"{name}/accuracy_tta", "time/train_s",
-                                              "speed/train_img_s", "memory/peak_mb")]
-    columns += [f"params.`{key}`" for key in ("epochs", "run_effective_batch", "run_peak_lr", "run_amp_dtype",
-                                              "run_compile", "run_num_workers", "run_device", "seed")]
-    state = {"searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": False, "startTime": "ALL",
+def shared_view(mode: str, name: str) -> str:
+    """MLflow's saved view, undocumented (3.17): the runs table with the columns that tell a mode's runs apart."""
+    metrics, params = {
+        "benchmark": (("speed/train_img_s", "ratio/training", "memory/peak_mb", "time/compile_s", "inference/photo_ms",
+                       "ratio/photo", "inference/batch_64_img_s"),
+                      ("run_data_loading", "run_memory_format", "run_amp_dtype", "run_compile")),
+    }.get(mode, ((f"{name}/accuracy", f"{name}/accuracy_tta", "time/train_s", "speed/train_img_s", "memory/peak_mb"),
+                 ("epochs", "run_effective_batch", "run_peak_lr", "run_amp_dtype", "run_compile", "run_num_workers",
+                  "run_device", "seed")))
+    columns = [f"metrics.`{key}`" for key in metrics] + [f"params.`{key}`" for key in params]
+    state = {"searchFilter": "tags.task = 'benchmark'" if mode == "benchmark" else "",
+             "orderByKey": "attributes.start_time", "orderByAsc": False, "startTime": "ALL",
              "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
              "selectedColumns": columns}
-    return json.dumps({"name": "classifier.py", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+    return json.dumps({"name": f"classifier.py {mode}", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 
 def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
@@ -1149,6 +1140,42 @@ def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
     return figure
 
 
+def evaluation_files(confusion: Tensor, per_class: dict[str, float]) -> dict[str, Callable[[], Any]]:
+    """What a run keeps of its evaluation: `confusion` counts (true class, answer)."""
+    shares = {"class": list(per_class), "accuracy": [100 * share for share in per_class.values()]}
+    return {"confusion_matrix.png": functools.partial(confusion_figure, confusion, tuple(per_class)),
+            "per_class.json": lambda: shares}
+
+
+def log_served_model(path: Path, name: str) -> None:
+    """The model for `mlflow models serve`: this script itself (models-from-code) and `path`, nothing pickled.
+
+    The example tells MLflow which parameters a request may have. Needs an active run.
+    """
+    import mlflow
+    import PIL
+    picture = io.BytesIO()
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), LETTERBOX_GRAY).save(picture, "PNG")
+    example = [base64.b64encode(picture.getvalue()).decode()], {"top_k": 3, "threshold": 0.0, "tta": True}
+    versions = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}", f"pillow=={PIL.__version__}"]
+    stored = mlflow.pyfunc.log_model(
+        name=re.sub(r"[^\w-]", "-", name), python_model=__file__, artifacts={"model": str(path)}, input_example=example,
+        pip_requirements=versions)
+    note(f"serve it: MLFLOW_TRACKING_URI={shlex.quote(mlflow.get_tracking_uri())} mlflow models serve "
+         f"--env-manager local -m {stored.model_uri}")
+
+
+def start_system_metrics(run_id: str, uri: str) -> Any:
+    """MLflow's own monitor of the machine, running; None without psutil."""
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    except ImportError:
+        return note("--system-metrics: nothing is measured, psutil is missing: pip install psutil")
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=2, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
+
+
 class Tracker:
     """Tracks nothing: what --no-mlflow and every process but the main one talk to."""
     run_id: str | None = None
@@ -1159,46 +1186,70 @@ class Tracker:
     def log_metrics(self, record: dict[str, Any], step: int = 0) -> None:
         """The numbers of an epoch, or with no step the final ones."""
 
-    def log_outcome(self, text: str, confusion: Tensor, per_class: dict[str, float], files: list[Path]) -> None:
-        """Once, after the work: the result in words, the confusion matrix (true class, answer), files to keep."""
+    def log_outcome(self, text: str, files: dict[str, Callable[[], Any]], model: Path | None = None) -> None:
+        """Once, after the work: the result in words, the model, and by its name what makes a figure, table or text."""
 
     def close(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run. A call that fails waits, with all that follow it, until the next one is made."""
+    """One MLflow run, written record by record, in their order, by a thread that the work waits for only so long.
+
+    A record that fails waits, with all that follow it, for the next one. What the store has not taken when the run
+    ends goes to a JSON Lines file beside the model.
+    """
 
     def __init__(self, config: Config, uri: str, run_id: str | None, parent: Tracker | None) -> None:
-        from mlflow import MlflowClient
+        import mlflow
         self.config, self.uri, self.run_id, self.parent = config, uri, run_id, parent
         self.database = sqlite_path(uri)
-        self.connect = functools.cache(lambda: MlflowClient(uri))  # a bad store must fail within `send`, not here
+        mlflow.set_tracking_uri(uri)
+        self.connect = functools.cache(mlflow.MlflowClient)        # a bad store must fail in the thread, not here
         self.experiment_id, self.known = "", {}
-        self.waiting: list[Callable[[], Any]] = [self.start]
+        self.courier = threading.Thread()
+        self.monitor: Any = None
         self.warned = False
+        self.waiting: list[tuple[str, dict[str, Any]]] = [
+            ("start", {"name": config.tracking.run_name or default_run_name(config), "began": int(1000 * time.time()),
+                       "tag": os.urandom(8).hex()})]
 
-    def send(self, *calls: Callable[[], Any]) -> None:
-        self.waiting += calls
+    def send(self, *records: tuple[str, dict[str, Any]], closing: bool = False) -> None:
+        """Hands records (a kind and its content) to the thread, after those that wait already."""
+        patience = CLOSING_PATIENCE if closing else TRACKING_PATIENCE
+        deadline = time.monotonic() + patience
+        self.waiting += records
+        if self.courier.is_alive():
+            self.courier.join(patience)
+        if not self.courier.is_alive():
+            self.courier = threading.Thread(target=self.store_waiting, daemon=True)
+            self.courier.start()
+            self.courier.join(max(0.0, deadline - time.monotonic()))
+        if self.courier.is_alive():
+            self.warn(f"no answer for {patience} s")
+
+    def warn(self, reason: str) -> None:
+        if not self.warned:
+            note(f"MLflow at {self.uri} does not take the run, which goes on and tries again each epoch: {reason}")
+        self.warned = True
+
+    def store_waiting(self) -> None:
+        """Each record goes to the method that is named after its kind."""
         try:
-            with signals_held(), contextlib.redirect_stdout(sys.stderr):       # stdout belongs to the results
-                if self.database:
-                    check_database(self.database)
-                while self.waiting:
-                    self.waiting[0]()
-                    self.waiting.pop(0)
+            if self.database:
+                check_database(self.database)
+            while self.waiting:
+                kind, content = self.waiting[0]
+                getattr(self, f"store_{kind}")(**content)
+                self.waiting.pop(0)
         except Exception as error:      # any: tracking must never end a training
-            if not self.warned:
-                note(f"MLflow at {self.uri} does not take the run, which goes on and tries again each epoch: "
-                     f"{first_line(error)}")
-            self.warned = True
+            self.warn(first_line(error))
 
-    def start(self) -> None:
+    def store_start(self, name: str, began: int, tag: str) -> None:
         """Finds or makes the experiment, then goes on with the run of a resumed training or makes a new one."""
         from mlflow.exceptions import MlflowException
-        from mlflow.tracking.context.registry import resolve_tags  # user, script, git commit
-        tracking = self.config.tracking
-        name = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.config.data.dataset
+        config = self.config
+        experiment = config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.data.dataset
         with contextlib.ExitStack() as stack:
             location = None
             if self.database:           # two processes that create its tables at once break each other
@@ -1206,94 +1257,130 @@ class MlflowTracker(Tracker):
                 lock = self.database.with_name(f".{self.database.name}.lock")
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
             client = self.connect()
-            found = client.get_experiment_by_name(name)
-            self.experiment_id = found.experiment_id if found else client.create_experiment(name, location)
-        if self.run_id:
-            try:
-                run = client.get_run(self.run_id)
-                client.update_run(self.run_id, status="RUNNING")
-                self.experiment_id, self.known = run.info.experiment_id, run.data.params
-                return
-            except MlflowException as error:
-                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
-                    raise
-                note(f"MLflow run {self.run_id} is gone, a new one takes its place")
-        tags = resolve_tags({"mlflow.runColor": self.color()} |
-                            ({"mlflow.parentRunId": self.parent.run_id} if self.parent and self.parent.run_id else {}))
-        run = client.create_run(self.experiment_id, tags=tags,
-                                run_name=tracking.run_name or default_run_name(self.config))
-        self.run_id = run.info.run_id
+            found = client.get_experiment_by_name(experiment)
+            self.experiment_id = found.experiment_id if found else client.create_experiment(experiment, location)
+        try:
+            run = client.get_run(self.run_id) if self.run_id else self.create_run(name, began, tag)
+            client.update_run(run.info.run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
+                raise
+            note(f"MLflow run {self.run_id} is gone, a new one takes its place")
+            run = self.create_run(name, began, tag)
+        self.run_id, self.experiment_id, self.known = run.info.run_id, run.info.experiment_id, run.data.params
+        client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{config.run.mode}", shared_view(
+            config.run.mode, "holdout" if config.data.holdout else "test"))
+        if config.tracking.system_metrics:
+            self.monitor = start_system_metrics(self.run_id, self.uri)
 
-    def color(self) -> str:
-        """The next of many hues: MLflow's own colours collide with few runs."""
-        count = len(self.connect().search_runs([self.experiment_id], max_results=1000))
-        red, green, blue = colorsys.hsv_to_rgb(count * 0.618 % 1, 0.75, 0.8)       # golden-ratio steps stay apart
-        return f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}"
+    def create_run(self, name: str, began: int, tag: str) -> Any:
+        """A new run, or the one that an earlier try made whose answer was lost on its way (it has `tag`)."""
+        from mlflow.tracking.context.registry import resolve_tags  # user, script, git commit
+        client = self.connect()
+        if found := client.search_runs([self.experiment_id], f"tags.start = '{tag}'"):
+            return found[0]
+        count = int(client.get_experiment(self.experiment_id).tags.get("classifier.runs", 0))
+        client.set_experiment_tag(self.experiment_id, "classifier.runs", count + 1)
+        # MLflow's own colours collide with few runs; hues a golden ratio apart do not.
+        red, green, blue = (int(255 * part) for part in colorsys.hsv_to_rgb(count * 0.618 % 1, 0.75, 0.8))
+        tags = resolve_tags({"mlflow.runColor": f"#{red:02x}{green:02x}{blue:02x}", "start": tag})
+        if self.parent and self.parent.run_id:
+            tags["mlflow.parentRunId"] = self.parent.run_id
+        return client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
 
     def log_settings(self, resolved: dict[str, Any], data: ImageData) -> None:
-        from mlflow import entities
-
         def as_text(value: Any) -> str:
             return "auto" if value is None else f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
         asked = self.config.flat() | resolved
         params = {name: as_text(value) for name, value in asked.items() if name != "resume"}
+        alike = json.dumps({name: value for name, value in params.items() if name not in ("seed", "run_name")})
+        tags = {"task": self.config.run.mode, "torch": str(torch.__version__), "host": platform.node(),
+                "group": hashlib.sha256(alike.encode()).hexdigest()[:8]}       # the UI averages a group: over seeds
+        digests = {"train": data.train.digest, data.evaluation_name: data.evaluation.digest}
+        self.send(("settings", {"params": params, "tags": tags}),
+                  ("data", {"name": data.name, "source": data.source, "digests": digests}))
 
-        def log_params() -> None:       # a resumed run's parameters stand; what differs now becomes a tag
-            new = [entities.Param(name, value) for name, value in params.items() if name not in self.known]
-            changed = {f"resumed_{name}": value for name, value in params.items()
-                       if self.known.get(name, value) != value}
-            tags = changed | {"task": self.config.run.mode, "torch": str(torch.__version__), "host": platform.node()}
-            self.connect().log_batch(self.run_id, params=new, tags=[entities.RunTag(*each) for each in tags.items()])
+    def store_settings(self, params: dict[str, str], tags: dict[str, str]) -> None:
+        """A resumed run's parameters stand; what differs now becomes a tag."""
+        from mlflow.entities import Param, RunTag
+        changed = {f"resumed_{name}": value for name, value in params.items() if self.known.get(name, value) != value}
+        self.connect().log_batch(
+            self.run_id, params=[Param(name, value) for name, value in params.items() if name not in self.known],
+            tags=[RunTag(name, value) for name, value in (tags | changed).items()])
 
-        def log_inputs() -> None:
-            inputs = [entities.DatasetInput(
-                          entities.Dataset(data.name, split.digest, "http", json.dumps({"url": data.source})),
-                          [entities.InputTag("mlflow.data.context", context)])
-                      for split, context in ((data.train, "train"), (data.evaluation, data.evaluation_name))]
-            self.connect().log_inputs(self.run_id, inputs)
-        self.send(log_params, log_inputs)
+    def store_data(self, name: str, source: str, digests: dict[str, str]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        self.connect().log_inputs(self.run_id, [
+            DatasetInput(Dataset(name, digest, "http", json.dumps({"url": source})),
+                         [InputTag("mlflow.data.context", context)]) for context, digest in digests.items()])
 
     def log_metrics(self, record: dict[str, Any], step: int = 0) -> None:
-        from mlflow.entities import Metric
         values = {METRIC_NAMES.get(name, name.replace("_", "/", 1)): 100 * value if "accuracy" in name else value
                   for name, value in record.items()
                   if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value)}
-        now = int(1000 * time.time())
         best_first = sorted(values, key=lambda name: name.startswith("train/") or not name.endswith("/accuracy"))
-        metrics = [Metric(name, float(f"{values[name]:.6g}"), now, step) for name in best_first]   # compare draws it
-        self.send(lambda: self.connect().log_batch(self.run_id, metrics=metrics))
+        rounded = {name: float(f"{values[name]:.6g}") for name in best_first}  # the compare page draws the first
+        self.send(("metrics", {"values": rounded, "step": step, "when": int(1000 * time.time())}))
 
-    def log_outcome(self, text: str, confusion: Tensor, per_class: dict[str, float], files: list[Path]) -> None:
+    def store_metrics(self, values: dict[str, float], step: int, when: int) -> None:
+        from mlflow.entities import Metric
+        self.connect().log_batch(self.run_id, metrics=[Metric(name, value, when, step)
+                                                       for name, value in values.items()])
+
+    def log_outcome(self, text: str, files: dict[str, Callable[[], Any]], model: Path | None = None) -> None:
         defaults = Config().flat()
         changed = [f"- `{name}` {loggable(value)}" for name, value in self.config.flat().items()
                    if value != defaults[name]]
-        words = "\n".join([f"**{text}**\n\n```\n{command_line(self.config)}\n```\n", *changed])
-        self.send(lambda: self.connect().set_tag(self.run_id, "mlflow.note.content", words),
-                  lambda: self.connect().set_experiment_tag(
-                      self.experiment_id, "mlflow.sharedViewState.classifier", shared_view(self.config)))
-        if self.waiting:
-            return
-        shares = {"class": list(per_class), "accuracy": [100 * share for share in per_class.values()]}
-        client, figure = self.connect(), confusion_figure(confusion, tuple(per_class))
-        for store in (lambda: client.log_figure(self.run_id, figure, "confusion_matrix.png"),
-                      lambda: client.log_table(self.run_id, shares, "per_class.json"),
-                      *(functools.partial(client.log_artifact, self.run_id, str(file)) for file in files)):
+        text = "\n".join([f"{text}\n\n```\n{command_line(self.config)}\n```\n", *changed])
+        self.send(("note", {"text": text}), ("files", {"files": files, "model": model}))
+
+    def store_note(self, text: str) -> None:
+        self.connect().set_tag(self.run_id, "mlflow.note.content", text)
+
+    def store_files(self, files: dict[str, Callable[[], Any]], model: Path | None) -> None:
+        """Failures are told and passed over: files may lie elsewhere than the run, which they need not hold up."""
+        import mlflow
+        for name, build in files.items():
+            kinds = {".png": "log_figure", ".json": "log_table", ".md": "log_text"}
             try:
-                with contextlib.redirect_stdout(sys.stderr):
-                    store()
-            except Exception as error:  # any: artifacts may lie elsewhere than the run, and need not block it
-                note(f"MLflow did not store a file: {first_line(error)}")
+                getattr(self.connect(), kinds[Path(name).suffix])(self.run_id, build(), name)
+            except Exception as error:  # any: see above
+                note(f"MLflow did not store {name}: {first_line(error)}")
+        try:
+            if model:
+                with mlflow.start_run(self.run_id, log_system_metrics=False):
+                    log_served_model(model, self.config.tracking.run_name or default_run_name(self.config))
+        except Exception as error:      # any: see above
+            note(f"MLflow did not store the model: {first_line(error)}")
 
     def close(self, status: str) -> None:
-        self.send(lambda: self.connect().set_terminated(self.run_id, status))
+        self.send(("status", {"status": status, "when": int(1000 * time.time())}), closing=True)
         if self.waiting:
-            note(f"MLflow: {len(self.waiting)} calls were not logged")
+            self.keep_waiting()
         elif not self.parent:           # whose end tells it
-            page = f"#/experiments/{self.experiment_id}/runs?{SAVED_VIEW}"
+            page = (f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"      # not its empty page
+                    f"&viewStateShareKey={self.config.run.mode}")
             server = re.match("https?://", self.uri)
             if not server:
                 note(f"compare runs: mlflow ui --backend-store-uri {shlex.quote(self.uri)}")
             note(f"{'compare runs:' if server else 'and open'} {self.uri if server else 'http://127.0.0.1:5000'}/{page}")
+
+    def store_status(self, status: str, when: int) -> None:
+        if self.monitor:
+            self.monitor.finish()
+        self.connect().set_terminated(self.run_id, status, when)
+
+    def keep_waiting(self) -> None:
+        """What was not logged, a record a line, beside the model."""
+        path = Path(f"{self.config.model_path}.unlogged.jsonl")
+        lines = [json.dumps({"run_id": self.run_id, "log": kind} | content, default=str)
+                 for kind, content in list(self.waiting)]
+        try:
+            with open(path, "a") as file:
+                file.writelines(f"{redact(line)}\n" for line in lines)
+            note(f"MLflow did not take {len(lines)} records: they are in {path}")
+        except OSError as error:
+            note(f"MLflow did not take {len(lines)} records, nor could {path} be written: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -1306,10 +1393,11 @@ def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None, pa
     if not config.tracking.mlflow or not runtime.is_main:
         yield Tracker()
         return
-    # A user's own value wins. Without these, a dead server costs 245 s a call.
+    # A user's own value wins. Without the first two, a dead server costs 245 s a call; stdout belongs to the results.
     for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "8"),
-                        ("MLFLOW_LOGGING_LEVEL", "ERROR"), ("MLFLOW_DISABLE_TELEMETRY", "true"),
-                        ("GIT_PYTHON_REFRESH", "quiet")):
+                        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"), ("MLFLOW_LOGGING_LEVEL", "ERROR"),
+                        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
+                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
     uri = config.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):    # the printed `mlflow ui` command must work from any folder
@@ -1605,6 +1693,26 @@ def predict(images: Any, *, model_path: str | Path = "cifar10_model.pth", top_k:
     return [answer for chunk in chunks for answer in classify(predictor, chunk, top_k, threshold, tta)]
 
 
+def served_model() -> Any:
+    """What `mlflow models serve` calls: pictures of any size, as base64 and never as paths, which would let anybody
+    read the server's files; a picture that cannot be read gets an `error`, the others are answered."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import PythonModel
+
+    class ServedModel(PythonModel):
+        def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list:
+            try:                        # what stands before a comma is a data URL's head
+                pictures = [base64.b64decode(text.rpartition(",")[2], validate=True) for text in model_input]
+                answers = predict(pictures, model_path=context.artifacts["model"], **params or {})
+            except ValueError as error:
+                raise MlflowException.invalid_parameter_value(f"inputs are not base64: {error}") from None
+            except UserError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from None
+            return [{"label": answer.label, "confidence": answer.confidence, "top": dict(answer.top),
+                     "error": answer.error} for answer in answers]
+    return ServedModel()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Modes: one function each, the only ones that report. Results go to stdout, progress and messages to stderr.
 # ------------------------------------------------------------------------------------------------------------
@@ -1798,8 +1906,8 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
             save_model(config.model_path, state.model, data, training.mirrors, config, result)
             resume.path.unlink(missing_ok=True)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
-        tracker.log_outcome(text, evaluation.confusion, evaluation.per_class(data.class_names),
-                            [Path(__file__)] + [config.model_path] * keep)
+        tracker.log_outcome(f"**{text}**", evaluation_files(evaluation.confusion, evaluation.per_class(
+            data.class_names)), config.model_path if keep else None)
         result |= {"seed": config.run.seed, "model_path": str(config.model_path) if keep else None,
                    "run_id": tracker.run_id}
         emit({"event": "result"} | result, f"{text}; model: {result['model_path']}", config, runtime)
@@ -1876,7 +1984,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
         result, per_class = evaluation.record(data.evaluation_name), evaluation.per_class(data.class_names)
         text = headline(evaluation, data.evaluation_name)
         tracker.log_metrics(result | {"evaluation_seconds": evaluation.seconds})
-        tracker.log_outcome(text, evaluation.confusion, per_class, [])
+        tracker.log_outcome(f"**{text}**", evaluation_files(evaluation.confusion, per_class))
     lines = [f"{text}, loss {evaluation.loss:.4f}, calibration error {percent(evaluation.ece)}, "
              f"{len(data.evaluation)} images in {evaluation.seconds:.1f} s",
              *(f"  {label:<12} {percent(share):>8}" for label, share in per_class.items())]
@@ -2211,3 +2319,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+elif __name__.startswith("code_model_"):                           # MLflow's models-from-code runs the file so
+    from mlflow.models import set_model
+    set_model(served_model())
