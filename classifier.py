@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import base64
 import colorsys
+import concurrent.futures
 import contextlib
 import copy
 import datetime
@@ -30,6 +31,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -61,7 +63,7 @@ DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 IMAGE_SIZE = 32                    # CIFAR-10's; every other picture is brought to it
 LETTERBOX_GRAY = (128, 128, 128)   # the brief's neutral gray
 REFERENCE_BATCH = 128              # `--lr` is meant for this effective batch and grows with it (arXiv:1706.02677)
-EVALUATION_BATCH = 500             # divides 10,000, so compiled evaluation sees one shape; the fastest measured
+EVALUATION_BATCH = 250             # divides 10,000, so compiled evaluation sees one shape; 500 takes 1.3 times as long
 CALIBRATION_BINS = 15              # as in Guo et al. 2017, arXiv:1706.04599
 PREDICTION_BATCH = 64              # pictures in memory at once
 SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
@@ -316,6 +318,17 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """The device and, where the system tells, its make."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    make = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):                             # Linux, where Python does not know it
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        make = found[1] if found else make
+    return f"{device} {make}"
+
+
 def pick_amp_dtype(device: torch.device, amp: bool | None) -> tuple[torch.dtype | None, str]:
     """The dtype of mixed precision, None for off, and why."""
     if amp is False:
@@ -375,12 +388,13 @@ class Runtime:
         """Peak GPU memory on CUDA, else the peak resident set of this process; None where neither is known."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
+        with contextlib.suppress(OSError):                         # Linux; its ru_maxrss starts at the parent's size
+            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
         try:
             import resource                                        # not on Windows
         except ImportError:
             return None
-        unit = 2**20 if sys.platform == "darwin" else 2**10        # macOS counts bytes, Linux KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20          # macOS counts bytes
 
 
 @contextlib.contextmanager
@@ -581,13 +595,14 @@ def logits_of_views(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> Te
 
     Test-time augmentation averages over the views (the six of airbench's multi-crop: two shifts by a pixel).
     """
-    views = [net(images).float()]
-    count = len(images)
+    views, count = [images], len(images)
     for shift, mirror in itertools.product((0, -1, 1), (False, True)) if tta else ():
         if (shift, mirror) != (0, False) and (flip or not mirror):
             down = torch.full((count,), shift, device=images.device)
-            views.append(net(move_pixels(images, down, down, torch.full_like(down, mirror, dtype=torch.bool))).float())
-    return torch.stack(views)
+            views.append(move_pixels(images, down, down, torch.full_like(down, mirror, dtype=torch.bool)))
+    # Few images: all views at once, 3.2 ms against 7.5 for a photo. More than fit into the caches take longer so.
+    pieces = torch.cat(views).split(max(count, PREDICTION_BATCH))
+    return torch.cat([net(piece).float() for piece in pieces]).unflatten(0, (len(views), count))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1068,7 +1083,6 @@ def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any],
                       data: ImageData, mirrors: bool) -> dict[str, Any]:
     """What `auto` became and what follows from the settings, named as MLflow and the model's users see it."""
     batch = effective_batch(config.train, runtime)
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.machine()
     return {
         "run_effective_batch": batch,
         "run_peak_lr": config.train.lr * batch / REFERENCE_BATCH,
@@ -1078,8 +1092,9 @@ def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any],
         "run_compile": report.active,
         "run_compile_reason": report.reason,
         "run_memory_format": "channels_last",
+        "run_data_loading": "batches",
         "run_flip": mirrors,
-        "run_device": f"{runtime.device} {device}",
+        "run_device": device_name(runtime.device),
         "run_threads": torch.get_num_threads(),
         "run_world_size": runtime.world_size,
         **{f"run_{name}": options.get(name, "none") for name in
@@ -1315,8 +1330,8 @@ class MlflowTracker(Tracker):
                          [InputTag("mlflow.data.context", context)]) for context, digest in digests.items()])
 
     def log_metrics(self, record: dict[str, Any], step: int = 0) -> None:
-        values = {METRIC_NAMES.get(name, name.replace("_", "/", 1)): 100 * value if "accuracy" in name else value
-                  for name, value in record.items()
+        names = {name: name if "/" in name else METRIC_NAMES.get(name, name.replace("_", "/", 1)) for name in record}
+        values = {names[name]: 100 * value if "accuracy" in name else value for name, value in record.items()
                   if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value)}
         best_first = sorted(values, key=lambda name: name.startswith("train/") or not name.endswith("/accuracy"))
         rounded = {name: float(f"{values[name]:.6g}") for name in best_first}  # the compare page draws the first
@@ -1717,8 +1732,8 @@ def served_model() -> Any:
 # Modes: one function each, the only ones that report. Results go to stdout, progress and messages to stderr.
 # ------------------------------------------------------------------------------------------------------------
 def emit(record: dict[str, Any], text: str, config: Config, runtime: Runtime) -> None:
-    """A result: `text` on stdout, or with --json the record there and `text` on stderr."""
-    if runtime.is_main and config.run.json:
+    """A result: `text` on stdout, or with --json the record there (unless it is empty) and `text` on stderr."""
+    if runtime.is_main and config.run.json and record:
         print(json.dumps(record, allow_nan=False), flush=True)
     if runtime.is_main and text:
         print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
@@ -1884,8 +1899,7 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
         tracker.log_settings(training.resolved, data)
         if keep:
             resume.save(state, history, tracker.run_id, time.perf_counter() - began)
-        if not config.run.json:
-            emit({}, epoch_row({}, name, 0), config, runtime)
+        emit({}, epoch_row({}, name, 0), config, runtime)
         while state.epoch < epochs:
             record, evaluation = run_epoch(training, config, data, runtime)
             history.append(record)
@@ -2032,8 +2046,13 @@ def run_predict(config: Config, runtime: Runtime) -> int:
     return 1 if failures else 0
 
 
-# What the benchmark switches on, alone and together.
+# What the benchmark switches on, alone and together, and what it measures, with the names that tables and MLflow use.
 OPTIMIZATIONS = ("data_loading", "channels_last", "mixed_precision", "compile")
+MEASURES = {"training": ("Training", "speed/train_img_s"), "loading": ("Data loading", "speed/load_img_s"),
+            "photo": ("One 500x375 JPEG", "inference/photo_ms"),
+            "photo_12mp": ("One 12-megapixel JPEG", "inference/photo_12mp_ms"),
+            "batch_64": ("64 images", "inference/batch_64_img_s"),
+            "batch_512": ("512 images", "inference/batch_512_img_s")}
 
 
 class UsualImages(Dataset):
@@ -2065,50 +2084,60 @@ class Case(NamedTuple):
         return accelerate(model, self.runtime, ("compile" in self.chosen, "benchmark"), example, layout)
 
 
-def benchmark_cases(runtime: Runtime) -> list[Case]:
-    """Baseline (twice: their difference is the noise), each optimization alone, then all that `auto` turns on."""
-    with_auto = {"data_loading": True, "channels_last": True, "mixed_precision": runtime.amp_dtype is not None,
-                 "compile": pick_compile(None, runtime.device, one_off=False)[0]}
-    cases = [("baseline", ()), ("baseline_again", ()), *((name, (name,)) for name in OPTIMIZATIONS),
-             ("combined", tuple(name for name in OPTIMIZATIONS if with_auto[name]))]
-    mixed = replace(runtime, amp_dtype=pick_amp_dtype(runtime.device, True)[0])
+def benchmark_cases(run: RunSettings, runtime: Runtime) -> list[Case]:
+    """Baseline (twice: their difference is the noise), each optimization alone, all that `auto` turns on, and all.
+
+    Mixed precision is left out where it would be emulated, or with --no-amp; compiling with --no-compile.
+    """
+    left_out = {"mixed_precision": runtime.amp_dtype is None, "compile": run.compile is False}
+    possible = tuple(name for name in OPTIMIZATIONS if not left_out.get(name))
+    auto = tuple(name for name in possible if name != "compile" or pick_compile(None, runtime.device, False)[0])
+    cases = {"baseline": (), "baseline_again": (), **{name: (name,) for name in possible}, "combined": auto}
+    if possible != auto:
+        cases["everything"] = possible
     plain = replace(runtime, amp_dtype=None)
-    return [Case(name, chosen, mixed if "mixed_precision" in chosen else plain) for name, chosen in cases]
+    return [Case(name, chosen, runtime if "mixed_precision" in chosen else plain) for name, chosen in cases.items()]
 
 
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None],
-            clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of each case in each round; the first round warms up and is not counted.
+            clock: Callable[[], float] = time.perf_counter, limit: float = 60.0) -> dict[str, list[float]]:
+    """Seconds of each case in each round; the first round, which warms up, is on top of `rounds`.
 
-    The cases take turns, so that a machine that slows down slows all of them.
+    The cases take turns, so that a machine that slows down slows all of them, and each round starts with another
+    one: who comes after the slowest finds cold caches. Past `limit` seconds and three rounds the rest is left out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    began = clock()
     for number in range(rounds + 1):
-        for name, case in cases.items():
+        if number > 3 and clock() - began > limit:
+            break
+        start = number % len(cases)
+        for name, case in [*cases.items()][start:] + [*cases.items()][:start]:
             synchronize()
             started = clock()
             case()
             synchronize()
-            seconds[name] += [clock() - started] * (number > 0)
+            seconds[name].append(clock() - started)
     return seconds
 
 
-def benchmark_rows(area: str, seconds: dict[str, list[float]], images: int) -> list[dict[str, Any]]:
+def benchmark_rows(area: str, measured: str, seconds: dict[str, list[float]], images: int) -> list[dict[str, Any]]:
     """A row a case: images a second (milliseconds for one image), and speed over the baseline, round by round."""
     rows = []
-    for name, times in seconds.items():
-        figures = [1000 * each if images == 1 else images / each for each in times]
-        low, high = np.percentile(figures, (10, 90)).tolist()
-        rows.append({"event": "benchmark", "area": area, "name": name, "value": statistics.median(figures),
-                     "unit": "ms" if images == 1 else "images/s", "p10": low, "p90": high,
-                     "ratio": statistics.median(base / each for base, each in zip(seconds["baseline"], times)),
+    for name, (first, *times) in seconds.items():
+        first, *figures = (1000 * each if images == 1 else images / each for each in (first, *times))
+        p10, p90, p95 = np.percentile(figures, (10, 90, 95)).tolist()
+        ratio = statistics.median(base / each for base, each in zip(seconds["baseline"][1:], times))
+        rows.append({"event": "benchmark", "area": area, "measure": measured, "name": name,
+                     "value": statistics.median(figures), "unit": "ms" if images == 1 else "images/s", "p10": p10,
+                     "p90": p90, "p95": p95, "first": first, "rounds": len(times), "ratio": ratio,
                      "peak_memory_mb": None})
     return rows
 
 
 def benchmark_loading(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
     """Loading, shifting, mirroring and normalising, without a network: the usual pipeline against ours."""
-    split = data.train.take(torch.arange(25_600) % len(data.train))
+    split = data.train.take(torch.arange(12_800) % len(data.train))
     sampler, options = BatchSampler(len(split), 128, runtime, True), loader_options(config.data.num_workers, runtime)
     usual = DataLoader(UsualImages(split, config.train.shift), batch_sampler=sampler, **options)
     ours, generator = build_loader(split, sampler, options), epoch_generator(0, 0, device=runtime.device)
@@ -2122,20 +2151,19 @@ def benchmark_loading(config: Config, data: ImageData, runtime: Runtime) -> list
         for batch in ours:
             pixels, _, indices = runtime.move(*batch)
             normalise(augment(pixels, indices, 0, generator, True, config.train.shift), mean, std)
-    cases = {"baseline": load_usual, "data_loading": load_ours}
-    return benchmark_rows("loading", measure(cases, 5, runtime.synchronize), len(split))
+    cases = {"baseline": load_usual, "baseline_again": load_usual, "data_loading": load_ours}
+    return benchmark_rows("loading", "loading", measure(cases, 9, runtime.synchronize), len(split))
 
 
-def training_case(case: Case, split: Split, config: Config, data: ImageData
-                  ) -> tuple[Callable[[], Any], CompileReport]:
-    """What trains an epoch on `split`, and what became of compiling."""
+def training_case(case: Case, config: Config, data: ImageData) -> tuple[Callable[[], Any], CompileReport]:
+    """What trains an epoch, and what became of compiling."""
     torch.manual_seed(config.run.seed)
-    ours, settings = "data_loading" in case.chosen, replace(config.train, accumulate_grad_steps=1)
-    found, example = pixel_statistics(split.images), split.images[:settings.batch_size]
+    split, settings = data.train, replace(config.train, accumulate_grad_steps=1)
+    ours, found, example = "data_loading" in case.chosen, pixel_statistics(split.images), split.images
     if not ours:        # the usual loader normalises: this mean and deviation make the network's own do nothing
         found, example = found._replace(mean=torch.zeros(3), std=torch.full((3,), 1 / 255)), example.float()
     model = build_model(config.model, len(data.class_names), found).train()
-    net, report = case.net(model, example)
+    net, report = case.net(model, example[:settings.batch_size])
     sampler = BatchSampler(len(split), settings.batch_size, case.runtime, shuffle=True)
     options = loader_options(config.data.num_workers, case.runtime)
     loader = (build_loader(split, sampler, options) if ours else
@@ -2146,36 +2174,51 @@ def training_case(case: Case, split: Split, config: Config, data: ImageData
                              ours and data.mirrors, case.runtime), report
 
 
-def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
-    """Short epochs through `train_epoch`; on CUDA their peak memory too."""
-    cuda, memory, compile_seconds, epochs = runtime.device.type == "cuda", {}, {}, {}
-    split = data.train.take(torch.arange((100 if cuda else 8) * config.train.batch_size) % len(data.train))
+def peak_memory(case: Case, config: Config, data: ImageData, threads: int) -> float | None:
+    """MB that training needs at most; called in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # the main process answers Ctrl-C
+    torch.set_num_threads(threads)
+    train, _ = training_case(case, config, data)
+    train()
+    return case.runtime.peak_memory_mb()
 
-    def watched(name: str, train: Callable[[], Any]) -> None:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        train()
-        memory[name] = runtime.peak_memory_mb() if cuda else None
-    for case in benchmark_cases(runtime):
-        train, report = training_case(case, split, config, data)
-        if report.active or "compile" not in case.chosen:          # else it would be the baseline again
-            epochs[case.name] = functools.partial(watched, case.name, train)
-            compile_seconds[case.name] = report.seconds
-    rows = benchmark_rows("training", measure(epochs, 5, runtime.synchronize), len(split))
-    return [row | {"peak_memory_mb": memory[row["name"]], "compile_seconds": compile_seconds[row["name"]]}
-            for row in rows]
+
+def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
+    """Short epochs through `train_epoch`, and the peak memory of a process that trains one of them."""
+    batches = 100 if runtime.device.type == "cuda" else 12
+    data = replace(data, train=data.train.take(torch.arange(batches * config.train.batch_size) % len(data.train)))
+    epochs, more = {}, {}
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for case in benchmark_cases(config.run, runtime):
+            memory = pool.submit(peak_memory, case, config, data, torch.get_num_threads()).result()
+            train, report = training_case(case, config, data)
+            if report.active or "compile" not in case.chosen:      # else it would be the baseline again
+                epochs[case.name] = train
+                more[case.name] = {"peak_memory_mb": memory, "compile_seconds": report.seconds}
+    rows = benchmark_rows("training", "training", measure(epochs, 7, runtime.synchronize, limit=200), len(data.train))
+    return [row | more[row["name"]] for row in rows]
+
+
+def save_photo(path: Path, width: int, height: int) -> None:
+    """A JPEG with as much detail at each scale as photos have: octaves of noise, finer ones fainter."""
+    generator, picture = epoch_generator(0, 0), torch.zeros(1, 3, height, width)
+    for octave in range(2, 10):
+        noise = torch.randn(1, 3, 3 * 2**octave // 4, 2**octave, generator=generator)
+        picture += F.interpolate(noise, (height, width), mode="bilinear") / 2**octave
+    pixels = (128 + 60 * picture / picture.std()).clamp(0, 255).byte()[0].permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(path, quality=90)
 
 
 def benchmark_inference(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
-    """One 500x375 JPEG from file to answer without TTA, and batches of 64 and 512 through the network."""
+    """Pictures from file to answer, without TTA but where told, and batches of 64 and 512 through the network."""
     model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images)).eval()
     with tempfile.TemporaryDirectory() as folder:
-        photo, file = Path(folder, "photo.jpg"), Path(folder, "model.pth")
-        noise = torch.randint(0, 256, (12, 16, 3), dtype=torch.uint8, generator=epoch_generator(0, 0)).numpy()
-        Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(photo, quality=90)
+        file, photo, large = (Path(folder, name) for name in ("model.pth", "photo.jpg", "large.jpg"))
+        save_photo(photo, 500, 375)
+        save_photo(large, 4000, 3000)
         save_model(file, model, data, data.mirrors, config, {})
         saved, nets = load_model(file), {}
-        for case in benchmark_cases(runtime):
+        for case in benchmark_cases(config.run, runtime):
             if case.name != "data_loading":
                 net, _ = case.net(copy.deepcopy(model), data.train.images[:1])
                 nets[case.name] = Predictor(net, saved, case.runtime)
@@ -2184,15 +2227,20 @@ def benchmark_inference(config: Config, data: ImageData, runtime: Runtime) -> li
             load_predictor.cache_clear()
             classify(cached_model(file, str(runtime.device), config.run.amp, False), [photo], 3, 0.0, False)
 
+        def decode_in_full() -> None:
+            with Image.open(large) as image:
+                nets["baseline"].probabilities(to_pixels(letterbox(image.convert("RGB")))[None], False)
         single = {name: functools.partial(classify, net, [photo], 3, 0.0, False) for name, net in nets.items()}
         single |= {"combined_tta": functools.partial(classify, nets["combined"], [photo], 3, 0.0, True),
                    "load_each_time": load_and_classify}
-        rows = benchmark_rows("inference", measure(single, 20, runtime.synchronize), 1)
+        rows = benchmark_rows("inference", "photo", measure(single, 100, runtime.synchronize), 1)
+        twelve = {"baseline": decode_in_full, "combined": functools.partial(classify, nets["combined"], [large], 3, 0.0,
+                                                                            False)}
+        rows += benchmark_rows("inference", "photo_12mp", measure(twelve, 20, runtime.synchronize), 1)
     for count in (64, 512):
         images = data.train.images[torch.arange(count) % len(data.train)]
         batches = {name: functools.partial(net.probabilities, images, False) for name, net in nets.items()}
-        rows += [row | {"batch": count}
-                 for row in benchmark_rows("inference", measure(batches, 5, runtime.synchronize), count)]
+        rows += benchmark_rows("inference", f"batch_{count}", measure(batches, 9, runtime.synchronize), count)
     return rows
 
 
@@ -2231,43 +2279,106 @@ def self_checks(config: Config, data: ImageData, runtime: Runtime) -> list[dict[
 
 
 def benchmark_text(row: dict[str, Any]) -> str:
+    """A row for people, as it comes."""
     if row["event"] == "check":
         verdict = "pass" if row["passed"] else "FAIL"
-        return f"check      {row['name']:<16} {verdict} (largest difference {row['difference']:.2g})"
-    text = (f"{row['area']:<10} {row['name']:<16} {row.get('batch', ''):>4} {row['value']:>10.1f} {row['unit']:<9}"
-            f"(p10 {row['p10']:.1f}, p90 {row['p90']:.1f})  x{row['ratio']:.2f}")
+        return f"check       {row['name']:<16} {verdict} (largest difference {row['difference']:.2g})"
+    text = (f"{row['measure']:<11} {row['name']:<16} {row['value']:>9.1f} {row['unit']:<9} x{row['ratio']:<5.2f} "
+            f"({', '.join(f'{key} {row[key]:.1f}' for key in ('p10', 'p90', 'p95', 'first'))})")
     text += f"  {row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else ""
     return text + (f"  compiled in {row['compile_seconds']:.0f} s" if row.get("compile_seconds") else "")
 
 
-def log_case(case: Case, row: dict[str, Any], config: Config, data: ImageData, parent: Tracker) -> None:
-    """A configuration's training as an MLflow run, with the parameters of an ordinary training."""
-    compiled = "compile" in case.chosen
-    child = replace(config, tracking=replace(config.tracking, run_name=case.name), run=replace(
+def benchmark_table(rows: list[dict[str, Any]], checks: list[dict[str, Any]], config: Config, device: torch.device
+                    ) -> str:
+    """Markdown, ready to paste: a line a configuration, a column a measure, then where and how it was measured."""
+    found = {(row["measure"], row["name"]): row for row in rows}
+    measured = [name for name in MEASURES if (name, "baseline") in found]
+    base = found["training", "baseline"]["peak_memory_mb"]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        figure = "" if not row else f"{row['value']:.1f} ms" if row["unit"] == "ms" else f"{row['value']:,.0f}/s"
+        return f"{row['ratio']:.2f}x ({figure})" if row else ""
+    lines = [["Configuration", *(MEASURES[name][0] for name in measured), "Peak memory"], ["---"] * (len(measured) + 2)]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        memory = found.get(("training", name), {}).get("peak_memory_mb")
+        lines.append([name.replace("_", " "), *(cell(found.get((each, name))) for each in measured),
+                      f"{memory / base:.2f}x ({memory:,.0f} MB)" if memory and base else ""])
+    noise = max(abs(row["ratio"] - 1) for row in rows if row["name"] == "baseline_again")
+    failed = [check["name"] for check in checks if not check["passed"]]
+    return "\n".join([
+        *(f"| {' | '.join(line)} |" for line in lines), "",
+        f"{datetime.date.today()}, `{command_line(config)}`: {device_name(device)}, {torch.get_num_threads()} threads, "
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. Speeds are medians of "
+        f"interleaved rounds, ratios are to the baseline of the same round, higher is faster; the baseline against "
+        f"itself differs by up to {percent(noise)}. Self-checks: "
+        f"{'FAILED: ' + ', '.join(failed) if failed else 'all passed'}."])
+
+
+def benchmark_figure(rows: list[dict[str, Any]]) -> Any:
+    """A matplotlib figure: bars of the speed over the baseline, a panel a measure."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure.suptitle("Speed over the baseline, which is 1")
+    for axes, (name, (title, _)) in zip(figure.subplots(2, 3).flat, MEASURES.items()):
+        panel = [row for row in rows if row["measure"] == name]
+        bars = axes.barh([row["name"].replace("_", " ") for row in panel], [row["ratio"] for row in panel])
+        axes.bar_label(bars, [f"{row['ratio']:.2f}x" for row in panel], padding=3)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=title, xlim=(0, 1.2 * max(row["ratio"] for row in panel)))
+        axes.invert_yaxis()
+    return figure
+
+
+def log_case(case: Case, rows: list[dict[str, Any]], config: Config, data: ImageData, parent: Tracker) -> None:
+    """A configuration as an MLflow run, with the parameters and metrics of an ordinary training."""
+    compiled, name = "compile" in case.chosen, case.name.replace("_", " ")
+    child = replace(config, tracking=replace(config.tracking, run_name=name), run=replace(
         config.run, amp="mixed_precision" in case.chosen, compile=compiled))
+    metrics: dict[str, Any] = {}
+    for row in rows:
+        metrics |= {MEASURES[row["measure"]][1]: row["value"], f"ratio/{row['measure']}": row["ratio"]}
+        metrics |= {key: row[key] for key in ("peak_memory_mb", "compile_seconds") if row.get(key)}
     with open_tracker(child, case.runtime, parent=parent) as tracker:
-        report = CompileReport(compiled, "benchmark", row["compile_seconds"])
+        report = CompileReport(compiled, "benchmark")
         options = loader_options(config.data.num_workers, case.runtime)
-        tracker.log_settings(resolved_settings(child, case.runtime, options, report, data, data.mirrors), data)
-        tracker.log_metrics({"train_images_per_second": row["value"], "speed_over_baseline": row["ratio"],
-                             "peak_memory_mb": row["peak_memory_mb"], "compile_seconds": row["compile_seconds"]})
+        tracker.log_settings(resolved_settings(child, case.runtime, options, report, data, data.mirrors) | {
+            "run_memory_format": "channels_last" if "channels_last" in case.chosen else "contiguous",
+            "run_data_loading": "batches" if "data_loading" in case.chosen else "images"}, data)
+        tracker.log_metrics(metrics)
 
 
 def run_benchmark(config: Config, runtime: Runtime) -> int:
     """What each optimization gains on this machine, and whether it leaves the results alone."""
     note(command_line(config))
-    data, rows = load_data(config.data), []
+    data, cases = load_data(config.data), benchmark_cases(config.run, runtime)
+    if runtime.amp_dtype is None:
+        note(f"mixed precision is left out: {runtime.amp_reason}")
+
+    def told(part: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        note(f"measuring: {part.__name__.removeprefix('benchmark_').replace('_', ' ')}")
+        torch.compiler.reset()          # past eight variants of one function torch.compile gives up on more
+        rows = part(config, data, runtime)
+        for row in rows:
+            emit(row, benchmark_text(row), config, runtime)
+        return rows
     with open_tracker(config, runtime) as parent:
         parent.log_settings({}, data)
-        for part in (self_checks, benchmark_loading, benchmark_inference, benchmark_training):
-            note(f"measuring: {part.__name__}")
-            for row in part(config, data, runtime):
-                emit(row, benchmark_text(row), config, runtime)
-                rows.append(row)
-        for case in benchmark_cases(runtime):
-            for row in (row for row in rows if (row.get("area"), row["name"]) == ("training", case.name)):
-                log_case(case, row, config, data, parent)
-    return 1 if any(row.get("passed") is False for row in rows) else 0
+        checks = told(self_checks)
+        rows = [row for part in (benchmark_loading, benchmark_inference, benchmark_training) for row in told(part)]
+        for case in cases:
+            log_case(case, [row for row in rows if row["name"] == case.name], config, data, parent)
+        parent.log_metrics({f"{row['measure']}/{row['name']}": row["value"] for row in rows
+                            if row["name"] not in {case.name for case in cases}})
+        table, chart = benchmark_table(rows, checks, config, runtime.device), f"{config.data.dataset}_benchmark.png"
+        parent.log_outcome(table, {"benchmark.md": lambda: table, "benchmark.png": lambda: benchmark_figure(rows)})
+        emit({}, f"\n{table}", config, runtime)
+        try:
+            benchmark_figure(rows).savefig(chart)
+            note(f"bar chart: {chart}")
+        except (ImportError, OSError) as error:
+            note(f"no bar chart: {first_line(error)}")
+    return 0 if all(check["passed"] for check in checks) else 1
 
 
 MODES = {"train": run_train, "evaluate": run_evaluate, "predict": run_predict, "benchmark": run_benchmark}

@@ -2,11 +2,13 @@
 import json
 import os
 import shlex
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import classifier
 
@@ -255,22 +257,82 @@ def test_tiny_cifar_from_end_to_end(capsys, tiny_cifar):
     assert "airplane" in run(capsys, "--mode", "evaluate", "--data-dir", tiny_cifar, "--no-mlflow")[1]
 
 
-def test_measure_takes_turns_and_leaves_out_the_warm_up():
-    now, order = [0.0], []
-
-    def work(name, *seconds):
-        steps = iter(seconds)
+def work_by_clock(order, now, **seconds):
+    """Cases that take the given seconds, one after the other, on a clock of their own."""
+    def case(name, steps):
         return lambda: (order.append(name), now.__setitem__(0, now[0] + next(steps)))
-    found = classifier.measure({"a": work("a", 100, 1, 2), "b": work("b", 50, 3, 4)}, 2, lambda: None, lambda: now[0])
-    assert found == {"a": [1, 2], "b": [3, 4]} and order == list("ababab")
+    return {name: case(name, iter(steps)) for name, steps in seconds.items()}
 
 
-def test_ratios_are_of_the_same_round():
-    seconds = {"baseline": [1.0, 2.0, 4.0], "faster": [0.5, 1.0, 2.0]}
-    row = classifier.benchmark_rows("training", seconds, images=100)[1]
-    assert row["ratio"] == 2 and row["value"] == 100 and row["unit"] == "images/s"
-    single = classifier.benchmark_rows("inference", seconds, images=1)[1]
-    assert single["value"] == 1000 and single["unit"] == "ms" and single["ratio"] == 2
+def test_measure_takes_turns_and_each_round_starts_with_another():
+    now, order = [0.0], []
+    cases = work_by_clock(order, now, a=(100, 1, 2), b=(50, 3, 4))
+    found = classifier.measure(cases, 2, lambda: order.append("|"), lambda: now[0])
+    assert found == {"a": [100, 1, 2], "b": [50, 3, 4]} and "".join(order) == "|a||b||b||a||a||b|"
+
+
+def test_measure_ends_early_where_rounds_take_long():
+    now = [0.0]
+    found = classifier.measure(work_by_clock([], now, a=[30] * 9), 8, lambda: None, lambda: now[0], limit=100)
+    assert found == {"a": [30] * 4}                                 # the warm-up and three rounds, though 120 > 100
+
+
+def test_figures_of_a_row():
+    seconds = {"baseline": [9.0, 1.0, 2.0, 4.0], "faster": [8.0, 0.5, 1.0, 2.0]}
+    row = classifier.benchmark_rows("training", "training", seconds, images=100)[1]
+    assert (row["ratio"], row["value"], row["unit"], row["first"], row["rounds"]) == (2, 100, "images/s", 12.5, 3)
+    assert (row["p10"], row["p90"]) == pytest.approx((60, 180))     # between 50, 100 and 200
+    single = classifier.benchmark_rows("inference", "photo", seconds, images=1)[1]
+    assert (single["value"], single["unit"], single["ratio"], single["first"]) == (1000, "ms", 2, 8000)
+
+
+def test_benchmark_leaves_out_what_does_not_work_here(cpu):
+    from dataclasses import replace
+    bf16 = replace(cpu, amp_dtype=torch.bfloat16)
+
+    def names(run, runtime):
+        return {case.name: case.chosen for case in classifier.benchmark_cases(run, runtime)}
+    full = names(classifier.RunSettings(), bf16)
+    assert [*full] == ["baseline", "baseline_again", "data_loading", "channels_last", "mixed_precision", "compile",
+                       "combined", "everything"]
+    assert "compile" not in full["combined"] and set(full["everything"]) == set(classifier.OPTIMIZATIONS)
+    assert "mixed_precision" not in names(classifier.RunSettings(), cpu)
+    assert not {"compile", "everything"} & set(names(classifier.RunSettings(compile=False), bf16))
+
+
+def test_benchmark_table_and_figure(cpu):
+    rows = [row for measured in classifier.MEASURES for row in classifier.benchmark_rows(
+        "x", measured, {"baseline": [1, 1.0, 1.0], "baseline_again": [1, 1.0, 1.25], "combined": [1, 0.5, 0.5]},
+        1 if "photo" in measured else 100)]
+    rows = [row | {"peak_memory_mb": {"baseline": 200.0, "combined": 100.0}.get(row["name"])} for row in rows]
+    checks = [{"name": "predict", "passed": False}, {"name": "compiled", "passed": True}]
+    head, rule, *lines, last = [line for line in classifier.benchmark_table(
+        rows, checks, classifier.Config(), cpu.device).splitlines() if line]
+    assert {line.count("|") for line in (head, rule, *lines)} == {9} and head.startswith("| Configuration | Training |")
+    assert lines[2] == ("| combined | 2.00x (200/s) | 2.00x (200/s) | 2.00x (500.0 ms) | 2.00x (500.0 ms) | 2.00x (200/s) "
+                        "| 2.00x (200/s) | 0.50x (100 MB) |")
+    assert "differs by up to 10.00 %" in last and "FAILED: predict." in last and "python" in last
+    panels = classifier.benchmark_figure(rows).axes
+    assert [axes.get_title() for axes in panels] == [title for title, _ in classifier.MEASURES.values()]
+    assert [round(bar.get_width(), 2) for bar in panels[0].patches] == [1, 0.9, 2]
+
+
+def test_the_measured_photo_is_one(tmp_path):
+    from PIL import Image
+    classifier.save_photo(tmp_path / "photo.jpg", 500, 375)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        assert photo.size == (500, 375) and (tmp_path / "photo.jpg").stat().st_size > 20_000
+        assert sum(photo.convert("L").histogram()[64:192]) > 0.5 * 500 * 375 and len(set(photo.getdata())) > 10_000
+
+
+def test_peak_memory_is_this_process_own():
+    """A child's figure must not start at the size of the parent that started it, as getrusage's does."""
+    code = ("import subprocess, sys, numpy; grown = numpy.ones(1_000_000_000, dtype=numpy.uint8); print(subprocess.run("
+            "[sys.executable, '-c', 'import torch, classifier; "
+            "print(classifier.Runtime(torch.device(\"cpu\")).peak_memory_mb())'], text=True, capture_output=True).stdout)")
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert 50 < float(done.stdout) < 900, done.stderr
 
 
 @pytest.mark.slow
@@ -280,15 +342,27 @@ def test_benchmark(cli, tmp_path):
     found = rows(done.stdout)
     checks = {row["name"]: row["passed"] for row in found if row["event"] == "check"}
     assert checks == {"accumulation": True, "compiled": True, "mixed_precision": True, "predict": True}
-    keys = {"event", "area", "name", "value", "unit", "p10", "p90", "ratio", "peak_memory_mb"}
+    keys = {"event", "area", "measure", "name", "value", "unit", "p10", "p90", "p95", "first", "ratio", "peak_memory_mb"}
     measured = [row for row in found if row["event"] == "benchmark"]
     assert all(keys <= set(row) and row["p10"] <= row["value"] <= row["p90"] for row in measured)
-    names = {row["name"] for row in measured if row["area"] == "training"}
-    assert names == {"baseline", "baseline_again", "data_loading", "channels_last", "mixed_precision", "compile", "combined"}
+    training = {row["name"]: row for row in measured if row["area"] == "training"}
+    assert {"baseline", "baseline_again", "data_loading", "channels_last", "compile", "combined"} <= set(training)
+    assert all(row["peak_memory_mb"] > 100 for row in training.values()) and training["compile"]["compile_seconds"] > 0
+    assert {row["measure"] for row in measured} == set(classifier.MEASURES)
+    assert "| baseline again |" in done.stderr and "Self-checks: all passed" in done.stderr
+    assert "recompile_limit" not in done.stderr
+    assert (tmp_path / "digits_benchmark.png").stat().st_size > 10_000
     import mlflow
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
-    assert {run.info.run_name for run in runs if "mlflow.parentRunId" in run.data.tags} == names
+    *children, parent = client.search_runs([client.get_experiment_by_name("digits").experiment_id],
+                                           order_by=["attributes.start_time DESC"])
+    assert {run.info.run_name for run in children} == {name.replace("_", " ") for name in training}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    by_name = {run.info.run_name: run.data for run in children}
+    assert by_name["baseline"].params["run_memory_format"] == "contiguous" != by_name["combined"].params["run_memory_format"]
+    assert by_name["combined"].metrics["speed/train_img_s"] == pytest.approx(training["combined"]["value"], rel=1e-4)
+    assert {"ratio/training", "inference/photo_ms", "memory/peak_mb"} <= set(by_name["combined"].metrics)
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"benchmark.md", "benchmark.png"}
 
 
 @pytest.mark.slow
