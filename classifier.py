@@ -1125,15 +1125,16 @@ def check_database(path: Path) -> None:
 def shared_view(mode: str, name: str) -> str:
     """MLflow's saved view, undocumented (3.17): the runs table with the columns that tell a mode's runs apart."""
     metrics, params = {
-        "benchmark": (("speed/train_img_s", "ratio/training", "memory/peak_mb", "time/compile_s", "inference/photo_ms",
-                       "ratio/photo", "inference/batch_64_img_s"),
+        "benchmark": (("ratio/training", "speed/train_img_s", "memory/peak_mb", "infer/photo_ms", "infer/b64_img_s"),
                       ("run_data_loading", "run_memory_format", "run_amp_dtype", "run_compile")),
     }.get(mode, ((f"{name}/accuracy", f"{name}/accuracy_tta", "time/train_s", "speed/train_img_s", "memory/peak_mb"),
                  ("epochs", "run_effective_batch", "run_peak_lr", "run_amp_dtype", "run_compile", "run_num_workers",
                   "run_device", "seed")))
     columns = [f"metrics.`{key}`" for key in metrics] + [f"params.`{key}`" for key in params]
-    state = {"searchFilter": "tags.task = 'benchmark'" if mode == "benchmark" else "",
-             "orderByKey": "attributes.start_time", "orderByAsc": False, "startTime": "ALL",
+    benchmark = mode == "benchmark"     # sorted by a metric, the table unfolds the runs below a parent
+    state = {"searchFilter": "tags.task = 'benchmark'" if benchmark else "",
+             "orderByKey": "metrics.`ratio/training`" if benchmark else "attributes.start_time",
+             "orderByAsc": False, "startTime": "ALL",
              "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
              "selectedColumns": columns}
     return json.dumps({"name": f"classifier.py {mode}", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
@@ -1292,13 +1293,13 @@ class MlflowTracker(Tracker):
         """A new run, or the one that an earlier try made whose answer was lost on its way (it has `tag`)."""
         from mlflow.tracking.context.registry import resolve_tags  # user, script, git commit
         client = self.connect()
-        if found := client.search_runs([self.experiment_id], f"tags.start = '{tag}'"):
+        if found := client.search_runs([self.experiment_id], f"tags.`mlflow.classifier.start` = '{tag}'"):
             return found[0]
         count = int(client.get_experiment(self.experiment_id).tags.get("classifier.runs", 0))
         client.set_experiment_tag(self.experiment_id, "classifier.runs", count + 1)
         # MLflow's own colours collide with few runs; hues a golden ratio apart do not.
         red, green, blue = (int(255 * part) for part in colorsys.hsv_to_rgb(count * 0.618 % 1, 0.75, 0.8))
-        tags = resolve_tags({"mlflow.runColor": f"#{red:02x}{green:02x}{blue:02x}", "start": tag})
+        tags = resolve_tags({"mlflow.runColor": f"#{red:02x}{green:02x}{blue:02x}", "mlflow.classifier.start": tag})
         if self.parent and self.parent.run_id:
             tags["mlflow.parentRunId"] = self.parent.run_id
         return client.create_run(self.experiment_id, start_time=began, tags=tags, run_name=name)
@@ -1410,7 +1411,7 @@ def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None, pa
         return
     # A user's own value wins. Without the first two, a dead server costs 245 s a call; stdout belongs to the results.
     for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "8"),
-                        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"), ("MLFLOW_LOGGING_LEVEL", "ERROR"),
+                        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"), ("MLFLOW_LOGGING_LEVEL", "CRITICAL"),
                         ("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
@@ -2049,10 +2050,10 @@ def run_predict(config: Config, runtime: Runtime) -> int:
 # What the benchmark switches on, alone and together, and what it measures, with the names that tables and MLflow use.
 OPTIMIZATIONS = ("data_loading", "channels_last", "mixed_precision", "compile")
 MEASURES = {"training": ("Training", "speed/train_img_s"), "loading": ("Data loading", "speed/load_img_s"),
-            "photo": ("One 500x375 JPEG", "inference/photo_ms"),
-            "photo_12mp": ("One 12-megapixel JPEG", "inference/photo_12mp_ms"),
-            "batch_64": ("64 images", "inference/batch_64_img_s"),
-            "batch_512": ("512 images", "inference/batch_512_img_s")}
+            "photo": ("One 500x375 JPEG", "infer/photo_ms"),
+            "photo_12mp": ("One 12-megapixel JPEG", "infer/12mp_ms"),
+            "batch_64": ("64 images", "infer/b64_img_s"),
+            "batch_512": ("512 images", "infer/b512_img_s")}
 
 
 class UsualImages(Dataset):
@@ -2174,13 +2175,23 @@ def training_case(case: Case, config: Config, data: ImageData) -> tuple[Callable
                              ours and data.mirrors, case.runtime), report
 
 
-def peak_memory(case: Case, config: Config, data: ImageData, threads: int) -> float | None:
-    """MB that training needs at most; called in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # the main process answers Ctrl-C
+def train_and_weigh(case: Case, config: Config, data: ImageData, threads: int) -> float | None:
+    """MB that training takes at most; meant for a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # the main process has the words for Ctrl-C
     torch.set_num_threads(threads)
     train, _ = training_case(case, config, data)
     train()
     return case.runtime.peak_memory_mb()
+
+
+def peak_memory(case: Case, config: Config, data: ImageData) -> float | None:
+    """`train_and_weigh` in a new process; None where that dies."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(train_and_weigh, case, config, data, torch.get_num_threads()).result()
+        except concurrent.futures.BrokenExecutor as error:
+            note(f"memory of {case.name} not measured: {first_line(error)}")
+            return None
 
 
 def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
@@ -2188,13 +2199,12 @@ def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> lis
     batches = 100 if runtime.device.type == "cuda" else 12
     data = replace(data, train=data.train.take(torch.arange(batches * config.train.batch_size) % len(data.train)))
     epochs, more = {}, {}
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for case in benchmark_cases(config.run, runtime):
-            memory = pool.submit(peak_memory, case, config, data, torch.get_num_threads()).result()
-            train, report = training_case(case, config, data)
-            if report.active or "compile" not in case.chosen:      # else it would be the baseline again
-                epochs[case.name] = train
-                more[case.name] = {"peak_memory_mb": memory, "compile_seconds": report.seconds}
+    for case in benchmark_cases(config.run, runtime):
+        memory = peak_memory(case, config, data)
+        train, report = training_case(case, config, data)
+        if report.active or "compile" not in case.chosen:          # else it would be the baseline again
+            epochs[case.name] = train
+            more[case.name] = {"peak_memory_mb": memory, "compile_seconds": report.seconds}
     rows = benchmark_rows("training", "training", measure(epochs, 7, runtime.synchronize, limit=200), len(data.train))
     return [row | more[row["name"]] for row in rows]
 

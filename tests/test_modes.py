@@ -361,7 +361,7 @@ def test_benchmark(cli, tmp_path):
     by_name = {run.info.run_name: run.data for run in children}
     assert by_name["baseline"].params["run_memory_format"] == "contiguous" != by_name["combined"].params["run_memory_format"]
     assert by_name["combined"].metrics["speed/train_img_s"] == pytest.approx(training["combined"]["value"], rel=1e-4)
-    assert {"ratio/training", "inference/photo_ms", "memory/peak_mb"} <= set(by_name["combined"].metrics)
+    assert {"ratio/training", "infer/photo_ms", "memory/peak_mb"} <= set(by_name["combined"].metrics)
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"benchmark.md", "benchmark.png"}
 
 

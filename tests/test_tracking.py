@@ -365,6 +365,20 @@ def test_a_run_can_be_served(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_full_disk_costs_the_tracking_and_not_the_training(tmp_path):
+    import resource
+
+    def room_for_the_model_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, 800_000))          # a new database takes more
+    done = subprocess.run([sys.executable, str(ROOT / "classifier.py"), "--mode", "train", *LOGGED], cwd=tmp_path,
+                          capture_output=True, text=True, preexec_fn=room_for_the_model_only)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("does not take the run") == 1 and (tmp_path / "digits_model.pth").exists()
+    kept = [json.loads(line) for line in (tmp_path / "digits_model.pth.unlogged.jsonl").read_text().splitlines()]
+    assert [each["log"] for each in kept].count("metrics") == 3
+
+
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle(cpu, tmp_path, capsys):
     port = free_port()
     data = classifier.load_data(DataSettings(dataset="digits", limit_images=20))
