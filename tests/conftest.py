@@ -89,9 +89,9 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def cli(tmp_path):
     """Runs classifier.py as its user does, in the test's folder."""
-    def run(*argv, env=None, **options):
+    def run(*argv, env=None, timeout=300, **options):
         return subprocess.run([sys.executable, str(ROOT / "classifier.py"), *map(str, argv)], cwd=tmp_path, text=True,
-                              capture_output=True, env=os.environ | (env or {}), timeout=300, **options)
+                              capture_output=True, env=os.environ | (env or {}), timeout=timeout, **options)
     return run
 
 

@@ -138,6 +138,7 @@ def test_a_store_that_fails_is_told_once_and_hurts_nobody(cpu, tmp_path, capsys,
     assert [each["log"] for each in kept] == ["start", "settings", "data", *["metrics"] * 3, "note", "files", "status"]
     assert kept[4]["values"] == {"test/accuracy": 50.0, "train/loss": 1.0} and kept[4]["step"] == 1
     assert kept[1]["params"]["run_device"] == "cpu" and kept[-1]["status"] == "FINISHED"
+    assert kept[-2]["files"] == {"confusion_matrix.png": "not kept", "per_class.json": "not kept"}
 
 
 def test_a_store_that_hangs_is_waited_for_so_long_and_no_longer(cpu, tmp_path, monkeypatch, capsys):
@@ -207,7 +208,6 @@ def test_runs_have_colours_of_their_own_and_a_group_without_the_seed(cpu, tmp_pa
 
 
 def test_system_metrics(cpu, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("psutil")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     with open_tracker(settings(system_metrics=True), cpu) as tracker:
         tracker.log_metrics({"train_loss": 1.0}, 1)
@@ -246,6 +246,7 @@ def test_children_fold_under_their_parent(capsys, tmp_path):
     assert parent.data.metrics["test/accuracy_mean"] == pytest.approx(
         sum(child.data.metrics["test/accuracy"] for child in children) / 2, abs=1e-3)
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert "2 seeds: " in parent.data.tags["mlflow.note.content"]
     assert capsys.readouterr().err.count("compare runs") == 1
 
 
