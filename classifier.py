@@ -235,7 +235,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def redact(text: str) -> str:
     """`text` with the passwords and queries of its URLs replaced: it goes to logs, parameters and files."""
-    text = re.sub(r"://(?:[^/@\s:]*:[^@]*|[^/@\s]*)@", "://***@", text)          # a password may hold a slash
+    text = re.sub(r"://(?:[^/@\s:]*:[^@\s'\"]*|[^/@\s]*)@", "://***@", text)          # a password may hold a slash
     return re.sub(r"(://[^\s?#]*)\?[^\s'\"]*", r"\1?***", text)
 
 
@@ -388,13 +388,14 @@ class Runtime:
         """Peak GPU memory on CUDA, else the peak resident set of this process; None where neither is known."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        with contextlib.suppress(OSError):                         # Linux; its ru_maxrss starts at the parent's size
+        with contextlib.suppress(OSError, IndexError):             # Linux; its ru_maxrss starts at the parent's size
             return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
         try:
             import resource                                        # not on Windows
         except ImportError:
             return None
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20          # macOS counts bytes
+        unit = 2**20 if sys.platform == "darwin" else 2**10        # macOS counts bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @contextlib.contextmanager
@@ -1057,8 +1058,10 @@ def command_line(config: Config, **changes: Any) -> str:
         if name != "mode" and value != defaults[name]:
             words += ([flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool)
                       else [flag, *map(redact, value)] if isinstance(value, tuple) else [flag, str(loggable(value))])
-    start = "python" if "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun [its flags]"
-    return f"{start} {shlex.join([os.path.relpath(__file__), *words])}"
+    start, script = "python" if "TORCHELASTIC_RUN_ID" not in os.environ else "torchrun [its flags]", __file__
+    with contextlib.suppress(ValueError):                          # on another drive than the current folder
+        script = os.path.relpath(__file__)
+    return f"{start} {shlex.join([script, *words])}"
 
 
 def default_run_name(config: Config) -> str:
@@ -1177,7 +1180,7 @@ def log_served_model(path: Path, name: str) -> None:
         name=re.sub(r"[^\w-]", "-", name), python_model=__file__, artifacts={"model": str(path)}, input_example=example,
         pip_requirements=versions)
     note(f"serve it: MLFLOW_TRACKING_URI={shlex.quote(mlflow.get_tracking_uri())} mlflow models serve "
-         f"--env-manager local -m {stored.model_uri}")
+         f"--env-manager local --port 5001 -m {stored.model_uri}")
 
 
 def start_system_metrics(run_id: str, uri: str) -> Any:
@@ -1222,7 +1225,7 @@ class MlflowTracker(Tracker):
         mlflow.set_tracking_uri(uri)
         self.connect = functools.cache(mlflow.MlflowClient)        # a bad store must fail in the thread, not here
         self.experiment_id, self.known = "", {}
-        self.courier = threading.Thread()
+        self.courier, self.delivering = threading.Thread(), threading.Lock()
         self.monitor: Any = None
         self.warned = False
         self.waiting: list[tuple[str, dict[str, Any]]] = [
@@ -1250,15 +1253,16 @@ class MlflowTracker(Tracker):
 
     def store_waiting(self) -> None:
         """Each record goes to the method that is named after its kind."""
-        try:
-            if self.database:
-                check_database(self.database)
-            while self.waiting:
-                kind, content = self.waiting[0]
-                getattr(self, f"store_{kind}")(**content)
-                self.waiting.pop(0)
-        except Exception as error:      # any: tracking must never end a training
-            self.warn(first_line(error))
+        with self.delivering:           # a signal in `join` makes Python take the thread for ended, and a second starts
+            try:
+                if self.database:
+                    check_database(self.database)
+                while self.waiting:
+                    kind, content = self.waiting[0]
+                    getattr(self, f"store_{kind}")(**content)
+                    self.waiting.pop(0)
+            except Exception as error:  # any: tracking must never end a training
+                self.warn(first_line(error))
 
     def store_start(self, name: str, began: int, tag: str) -> None:
         """Finds or makes the experiment, then goes on with the run of a resumed training or makes a new one."""
@@ -1273,12 +1277,15 @@ class MlflowTracker(Tracker):
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
             client = self.connect()
             found = client.get_experiment_by_name(experiment)
+            if found and found.lifecycle_stage == "deleted":
+                client.restore_experiment(found.experiment_id)
             self.experiment_id = found.experiment_id if found else client.create_experiment(experiment, location)
         try:
             run = client.get_run(self.run_id) if self.run_id else self.create_run(name, began, tag)
             client.update_run(run.info.run_id, status="RUNNING")
         except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
+            gone = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+            if not gone or not self.run_id:
                 raise
             note(f"MLflow run {self.run_id} is gone, a new one takes its place")
             run = self.create_run(name, began, tag)
@@ -1369,10 +1376,12 @@ class MlflowTracker(Tracker):
             note(f"MLflow did not store the model: {first_line(error)}")
 
     def close(self, status: str) -> None:
-        self.send(("status", {"status": status, "when": int(1000 * time.time())}), closing=True)
-        if self.waiting:
-            self.keep_waiting()
-        elif not self.parent:           # whose end tells it
+        try:
+            self.send(("status", {"status": status, "when": int(1000 * time.time())}), closing=True)
+        finally:                        # also where a signal ends the waiting
+            if self.waiting:
+                self.keep_waiting()
+        if not self.waiting and not self.parent:                   # whose end tells it
             page = (f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"      # not its empty page
                     f"&viewStateShareKey={self.config.run.mode}")
             server = re.match("https?://", self.uri)
@@ -1406,7 +1415,7 @@ def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None, pa
 
     `run_id` goes on with that run; `parent` is the tracker whose run this one folds under.
     """
-    if not config.tracking.mlflow or not runtime.is_main:
+    if not config.tracking.mlflow or not runtime.is_main or type(parent) is Tracker:
         yield Tracker()
         return
     # A user's own value wins. Without the first two, a dead server costs 245 s a call; stdout belongs to the results.
@@ -1675,6 +1684,8 @@ def cached_model(path: str | Path, device: str = "auto", amp: bool | None = None
 
 def classify(predictor: Predictor, sources: list[Any], top_k: int, threshold: float, tta: bool) -> list[Prediction]:
     """One `Prediction` a source, in their order; all readable pictures go through the network as one batch."""
+    if top_k < 1:
+        raise UserError(f"top_k must be at least 1: {top_k}")
     pixels: dict[int, Tensor] = {}
     errors: dict[int, str] = {}
     for position, source in enumerate(sources):
@@ -1701,8 +1712,6 @@ def predict(images: Any, *, model_path: str | Path = "cifar10_model.pth", top_k:
     changes; safe from several threads. A picture that cannot be read gets a `Prediction` whose `error` says why.
     `label` is "unknown" where the confidence is below `threshold`. Raises `UserError` for a bad model or device.
     """
-    if top_k < 1:
-        raise UserError(f"top_k must be at least 1: {top_k}")
     sources = [images] if isinstance(images, (str, bytes, Path, Image.Image)) else list(images)
     predictor = cached_model(model_path, device)
     chunks = (sources[start:start + PREDICTION_BATCH] for start in range(0, len(sources), PREDICTION_BATCH))
@@ -1719,7 +1728,8 @@ def served_model() -> Any:
         def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list:
             try:                        # what stands before a comma is a data URL's head
                 pictures = [base64.b64decode(text.rpartition(",")[2], validate=True) for text in model_input]
-                answers = predict(pictures, model_path=context.artifacts["model"], **params or {})
+                answers = classify(cached_model(context.artifacts["model"], compile=False), pictures,
+                                   **{"top_k": 3, "threshold": 0.0, "tta": True} | (params or {}))
             except ValueError as error:
                 raise MlflowException.invalid_parameter_value(f"inputs are not base64: {error}") from None
             except UserError as error:
@@ -2180,17 +2190,18 @@ def train_and_weigh(case: Case, config: Config, data: ImageData, threads: int) -
     """MB that training takes at most; meant for a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)                   # the main process has the words for Ctrl-C
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True                          # as `open_runtime` has it; ignored on a CPU
     train, _ = training_case(case, config, data)
     train()
     return case.runtime.peak_memory_mb()
 
 
 def peak_memory(case: Case, config: Config, data: ImageData) -> float | None:
-    """`train_and_weigh` in a new process; None where that dies."""
+    """`train_and_weigh` in a new process; None where that fails or dies."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(train_and_weigh, case, config, data, torch.get_num_threads()).result()
-        except concurrent.futures.BrokenExecutor as error:
+        except Exception as error:      # any: the other figures do not need this one
             note(f"memory of {case.name} not measured: {first_line(error)}")
             return None
 
@@ -2231,8 +2242,9 @@ def benchmark_inference(config: Config, data: ImageData, runtime: Runtime) -> li
         saved, nets = load_model(file), {}
         for case in benchmark_cases(config.run, runtime):
             if case.name != "data_loading":
-                net, _ = case.net(copy.deepcopy(model), data.train.images[:1])
-                nets[case.name] = Predictor(net, saved, case.runtime)
+                net, report = case.net(copy.deepcopy(model), data.train.images[:1])
+                if report.active or "compile" not in case.chosen:              # else it would be the baseline again
+                    nets[case.name] = Predictor(net, saved, case.runtime)
 
         def load_and_classify() -> None:
             load_predictor.cache_clear()
@@ -2377,18 +2389,19 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
         parent.log_settings({}, data)
         checks = told(self_checks)
         rows = [row for part in (benchmark_loading, benchmark_inference, benchmark_training) for row in told(part)]
-        for case in cases:
-            log_case(case, [row for row in rows if row["name"] == case.name], config, data, parent)
-        parent.log_metrics({f"{row['measure']}/{row['name']}": row["value"] for row in rows
-                            if row["name"] not in {case.name for case in cases}})
         table, chart = benchmark_table(rows, checks, config, runtime.device), f"{config.data.dataset}_benchmark.png"
-        parent.log_outcome(table, {"benchmark.md": lambda: table, "benchmark.png": lambda: benchmark_figure(rows)})
         emit({}, f"\n{table}", config, runtime)
         try:
             benchmark_figure(rows).savefig(chart)
             note(f"bar chart: {chart}")
         except (ImportError, OSError) as error:
             note(f"no bar chart: {first_line(error)}")
+        for case in cases:
+            if found := [row for row in rows if row["name"] == case.name]:
+                log_case(case, found, config, data, parent)
+        parent.log_metrics({f"{row['measure']}/{row['name']}": row["value"] for row in rows
+                            if row["name"] not in {case.name for case in cases}})
+        parent.log_outcome(table, {"benchmark.md": lambda: table, "benchmark.png": lambda: benchmark_figure(rows)})
     return 0 if all(check["passed"] for check in checks) else 1
 
 
@@ -2415,8 +2428,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"classifier.py: {redact(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        note(f"stopped by {stopped}" + (f"; go on with: {command_line(config, resume=True)}"
-                                        if config.run.mode == "train" and config.train.repeats == 1 else ""))
+        resumable = config.run.mode == "train" and config.train.repeats == 1 and Path(
+            f"{config.model_path}.resume").exists()
+        note(f"stopped by {stopped}" + (f"; go on with: {command_line(config, resume=True)}" if resumable else ""))
         return 128 + stopped.signum
     except torch.OutOfMemoryError:
         print(f"classifier.py: out of GPU memory; train needs less for the same effective batch with --batch-size "

@@ -77,6 +77,8 @@ def test_command_line_gives_the_same_settings_back():
     ("http://host/x?token=secret more", "http://host/x?*** more"),
     ("postgresql://u:secret@h/db", "postgresql://***@h/db"),
     ("postgresql://u:se/cret@h/db", "postgresql://***@h/db"), ("http://host/a@b", "http://host/a@b"),
+    ('{"uri": "http://127.0.0.1:5000", "cpu": "CPU @ 2.2GHz"}', '{"uri": "http://127.0.0.1:5000", "cpu": "CPU @ 2.2GHz"}'),
+    ("at http://host:5000 by a@b", "at http://host:5000 by a@b"),
     ("data/file.txt", "data/file.txt"), ("http://host/x", "http://host/x")])
 def test_redact(text, clean):
     assert redact(text) == clean

@@ -197,6 +197,30 @@ def test_a_run_whose_creation_was_not_answered_is_not_made_twice(cpu, tmp_path, 
     assert [run.info.status for run in runs_of(tmp_path / "mlflow.db")[2]] == ["FINISHED"]
 
 
+def test_a_deleted_experiment_comes_back(cpu, tmp_path, capsys):
+    log_something(settings(), cpu, tmp_path)
+    client, experiment, _ = runs_of(tmp_path / "mlflow.db")
+    client.delete_experiment(experiment.experiment_id)
+    log_something(settings(), cpu, tmp_path)
+    assert len(runs_of(tmp_path / "mlflow.db")[2]) == 2 and "gone" not in capsys.readouterr().err
+
+
+def test_a_signal_while_waiting_for_the_store_loses_and_doubles_nothing(cpu, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    real = MlflowClient.create_run
+
+    def slow(*args, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return real(*args, **more)
+    monkeypatch.setattr(MlflowClient, "create_run", slow)
+    with pytest.raises(classifier.Stopped), classifier.stop_signals():
+        log_something(settings(), cpu, tmp_path)
+    (run,) = runs_of(tmp_path / "mlflow.db")[2]
+    assert run.info.status == "KILLED" and run.data.params["run_device"] == "cpu"
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
 def test_runs_have_colours_of_their_own_and_a_group_without_the_seed(cpu, tmp_path):
     from dataclasses import replace
     for seed, epochs in ((0, 20), (1, 20), (0, 5)):
@@ -345,7 +369,8 @@ def server(words, port, path, folder):
 def test_a_run_can_be_served(tmp_path, capsys):
     classifier.main(["--mode", "train", *LOGGED])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("serve it: ")]
-    *_, uri = shlex.split(line)
+    words = shlex.split(line)
+    uri = words[words.index("-m") + 1]
     picture = io.BytesIO()
     Image.effect_noise((300, 200), 80).save(picture, "PNG")
     text, port = base64.b64encode(picture.getvalue()).decode(), free_port()
