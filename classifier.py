@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import base64
 import colorsys
-import concurrent.futures
 import contextlib
 import copy
 import datetime
@@ -2186,24 +2185,33 @@ def training_case(case: Case, config: Config, data: ImageData) -> tuple[Callable
                              ours and data.mirrors, case.runtime), report
 
 
-def train_and_weigh(case: Case, config: Config, data: ImageData, threads: int) -> float | None:
-    """MB that training takes at most; meant for a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                   # the main process has the words for Ctrl-C
+def train_and_weigh(case: Case, config: Config, data: ImageData, threads: int, result: Any) -> None:
+    """Sends to the connection `result` the MB that training takes at most; meant for a process of its own."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True                          # as `open_runtime` has it; ignored on a CPU
     train, _ = training_case(case, config, data)
     train()
-    return case.runtime.peak_memory_mb()
+    result.send(case.runtime.peak_memory_mb())
 
 
 def peak_memory(case: Case, config: Config, data: ImageData) -> float | None:
-    """`train_and_weigh` in a new process; None where that fails or dies."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(train_and_weigh, case, config, data, torch.get_num_threads()).result()
-        except Exception as error:      # any: the other figures do not need this one
-            note(f"memory of {case.name} not measured: {first_line(error)}")
-            return None
+    """`train_and_weigh` in a new process; None where that fails or dies, which the other figures do not need."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=train_and_weigh, args=(case, config, data, torch.get_num_threads(), sender))
+    answers_signals = signal.signal(signal.SIGINT, signal.SIG_IGN)             # inherited: Ctrl-C is for this process
+    try:
+        child.start()
+        signal.signal(signal.SIGINT, answers_signals)
+        sender.close()
+        memory = receiver.recv()
+        child.join()
+        return memory
+    except EOFError:
+        return note(f"memory of {case.name} not measured: its process died")
+    finally:
+        signal.signal(signal.SIGINT, answers_signals)
+        child.kill()
 
 
 def benchmark_training(config: Config, data: ImageData, runtime: Runtime) -> list[dict[str, Any]]:
