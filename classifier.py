@@ -171,6 +171,10 @@ class Config:
     def model_path(self) -> Path:
         return Path(self.run.model_path or f"{self.data.dataset}_model.pth")
 
+    @property
+    def resume_path(self) -> Path:
+        return Path(f"{self.model_path}.resume")
+
     def flat(self) -> dict[str, Any]:
         """Every setting under its own name, without its part's."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
@@ -1789,7 +1793,7 @@ class Resume:
                   "top_k", "threshold", "mlflow", "experiment", "run_name", "tracking_uri"}
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
-        self.path = config.model_path.with_name(config.model_path.name + ".resume")
+        self.path = config.resume_path
         asked = config.flat() | {"processes": runtime.world_size}
         self.settings = {name: loggable(value) for name, value in asked.items() if name not in self.MAY_CHANGE}
         self.digest = data.train.digest
@@ -2436,8 +2440,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"classifier.py: {redact(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        resumable = config.run.mode == "train" and config.train.repeats == 1 and Path(
-            f"{config.model_path}.resume").exists()
+        resumable = config.run.mode == "train" and config.train.repeats == 1 and config.resume_path.exists()
         note(f"stopped by {stopped}" + (f"; go on with: {command_line(config, resume=True)}" if resumable else ""))
         return 128 + stopped.signum
     except torch.OutOfMemoryError:
