@@ -61,13 +61,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 IMAGE_SIZE = 32                    # CIFAR-10's; every other picture is brought to it
 LETTERBOX_GRAY = (128, 128, 128)   # the brief's neutral gray
-REFERENCE_BATCH = 128              # `--lr` is meant for this effective batch and grows with it (arXiv:1706.02677)
+REFERENCE_BATCH = 128              # the effective batch that learning rates and momentum are meant for
 EVALUATION_BATCH = 250             # divides 10,000, so compiled evaluation sees one shape; 500 takes 1.3 times as long
 CALIBRATION_BINS = 15              # as in Guo et al. 2017, arXiv:1706.04599
+TTA_MARGIN = 2.0                   # on 5,000 held-out images 27 % were below, and the accuracy that of averaging all
 PREDICTION_BATCH = 64              # pictures in memory at once
 SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-MODEL_FORMAT = 1                   # raise it when an older file can no longer be read
+MODEL_FORMAT = 2                   # raise it when an older file can no longer be read
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -102,16 +103,22 @@ class TrainSettings:
     batch_size: int = setting(128, "images per process and micro-batch", least=1)
     accumulate_grad_steps: int = setting(1, "micro-batches per update; effective batch = batch x steps x processes",
                                          least=1)
-    lr: float = setting(0.125, f"peak learning rate at an effective batch of {REFERENCE_BATCH}; grows with the batch",
+    lr: float = setting(0.0135, f"length of the filters' first update, at an effective batch of {REFERENCE_BATCH}",
                         above=0.0, most=1e6)
-    momentum: float = setting(0.9, "Nesterov momentum of SGD", least=0.0, most=0.999)
-    weight_decay: float = setting(5e-4, "weight decay of the filters and the last layer", least=0.0, most=1.0)
-    bias_lr_scale: float = setting(64.0, "learning rate of the biases over that of the filters", above=0.0, most=1e4)
+    head_lr: float = setting(18.0, "first learning rate of the last layer, at that batch", above=0.0, most=1e6)
+    bias_lr: float = setting(1.4, "first learning rate of the biases, at that batch", above=0.0, most=1e6)
+    momentum: float = setting(0.968, "Nesterov momentum, at that batch", least=0.0, most=0.9999)
+    weight_decay: float = setting(1.7e-3, "share of the last layer and the biases that the first update takes off, at "
+                                  "that batch", least=0.0, most=1.0)
     label_smoothing: float = setting(0.2, "share of the target given to all classes", least=0.0, most=0.9)
-    warmup: float = setting(0.2, "share of the updates in which the rate rises; then it falls to zero",
-                            least=0.0, most=1.0)
+    start_size: int = setting(20, "side of the images in the first third of the updates; whole in the last",
+                              least=16, most=IMAGE_SIZE)
+    hard_share: float = setting(0.5, "each epoch leaves out more of the images with the least loss, down to this share "
+                                "of all images", above=0.0, most=1.0)
+    freeze_after: float = setting(0.6, "share of the updates after which the first stage, a quarter of the time, stays "
+                                  "as it is", least=0.0, most=1.0)
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
-    shift: int = setting(2, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
+    shift: int = setting(3, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
     cutout: int = setting(8, "side of the gray square laid on each training image; 0: none", least=0, most=IMAGE_SIZE)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
     repeats: int = setting(1, "train this many seeds; the first seed's model is saved", least=1)
@@ -122,6 +129,7 @@ class TrainSettings:
 class ModelSettings:
     """train, benchmark; the others find it in the model file"""
     width: int = setting(64, "channels of the first stage; the next two have four times as many", least=1, most=4096)
+    depth: int = setting(3, "convolutions of each stage", least=1, most=64)
 
 
 @dataclass(frozen=True)
@@ -526,26 +534,27 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
 
 
 class ConvBlock(nn.Module):
-    """Convolve, halve, convolve."""
+    """`depth` convolutions, the first before halving; from the third on each adds to what it gets."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, depth: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels_out)
-        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+        channels = [channels_in] + [channels_out] * depth
+        self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1, bias=False) for pair in itertools.pairwise(channels))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels_out) for _ in range(depth))
+        for conv, norm in zip(self.convs, self.norms):
             nn.init.dirac_(conv.weight.data[:conv.in_channels])    # starts by passing its input on
             norm.weight.requires_grad = False                      # the next convolution scales as well
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, in, S, S)
-        x = F.max_pool2d(self.conv1(x), 2)                         # (N, out, S/2, S/2)
-        x = F.gelu(self.norm1(x))
-        return F.gelu(self.norm2(self.conv2(x)))
+        for number, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            y = conv(x)
+            y = F.max_pool2d(y, 2) if number == 0 else y + x if number > 1 else y
+            x = F.gelu(norm(y))                                    # (N, out, S/2, S/2)
+        return x
 
 
 class CifarNet(nn.Module):
-    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench: 118 M multiply-adds an image.
+    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench: 161 M multiply-adds an image.
 
     Takes uint8 pixels (N, 3, 32, 32) and normalises them itself, so that no caller can do it wrong and a quarter
     of the bytes travel; gives logits (N, classes).
@@ -553,22 +562,23 @@ class CifarNet(nn.Module):
 
     def __init__(self, settings: ModelSettings, classes: int, statistics: PixelStatistics | None) -> None:
         super().__init__()
-        width = settings.width
-        self.stem = nn.Conv2d(3, 24, 2)
-        self.blocks = nn.Sequential(ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 4 * width))
+        width, depth = settings.width, settings.depth
+        self.stem = nn.Conv2d(3, 24, 2, bias=False)
+        self.blocks = nn.Sequential(ConvBlock(24, width, depth), ConvBlock(width, 4 * width, depth),
+                                    ConvBlock(4 * width, 4 * width, depth))
         self.head = nn.Linear(4 * width, classes, bias=False)
         mean, std, whitening = statistics or (torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2))
         self.register_buffer("pixel_mean", mean.view(3, 1, 1))
         self.register_buffer("pixel_std", std.view(3, 1, 1))
-        self.stem.weight = nn.Parameter(whitening, requires_grad=False)
-        nn.init.zeros_(self.stem.bias)
+        self.stem.weight = nn.Parameter(whitening, requires_grad=False)        # nor a bias: no gradient goes down here
+        nn.init.normal_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:                   # uint8 (N, 3, 32, 32)
         x = normalise(images, self.pixel_mean, self.pixel_std)
         x = F.gelu(self.stem(x))                                   # (N, 24, 31, 31)
         x = self.blocks(x)                                         # (N, 4 width, 3, 3)
         x = F.max_pool2d(x, x.shape[-2:]).flatten(1)               # not amax: compiled in bfloat16 its gradient is NaN
-        return self.head(x) / 9                                    # airbench's scale: 1 starts too confident
+        return self.head(x) / x.shape[1]                           # airbench's scale, for weights of deviation 1
 
 
 def build_model(settings: ModelSettings, classes: int, statistics: PixelStatistics | None = None) -> CifarNet:
@@ -594,19 +604,25 @@ def move_pixels(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -
     return images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
 
 
-def logits_of_views(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> Tensor:
-    """Float32 logits (views, N, classes): the plain view first, with `tta` also mirrored and shifted ones.
+def logits_with_tta(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> tuple[Tensor, Tensor]:
+    """Float32 logits (N, classes) of the images as they are, and those to answer with.
 
-    Test-time augmentation averages over the views (the six of airbench's multi-crop: two shifts by a pixel).
+    With `tta` (test-time augmentation) the latter are the mean over six views, mirrored and shifted by a pixel
+    (airbench's multi-crop), for the images whose two best classes lie closer than TTA_MARGIN; the others keep theirs.
     """
-    views, count = [images], len(images)
-    for shift, mirror in itertools.product((0, -1, 1), (False, True)) if tta else ():
-        if (shift, mirror) != (0, False) and (flip or not mirror):
-            down = torch.full((count,), shift, device=images.device)
-            views.append(move_pixels(images, down, down, torch.full_like(down, mirror, dtype=torch.bool)))
+    plain = net(images).float()
+    best = plain.topk(min(2, plain.shape[1])).values
+    unsure = (best[:, 0] - best[:, -1] < TTA_MARGIN).nonzero().flatten() if tta else plain.new_empty(0)
+    if not len(unsure):
+        return plain, plain
+    chosen, views = images[unsure], []
+    for shift, mirror in itertools.product((0, -1, 1), (False, True) if flip else (False,)):
+        down = torch.full((len(chosen),), shift, device=images.device)
+        views.append(move_pixels(chosen, down, down, torch.full_like(down, mirror, dtype=torch.bool)))
     # Few images: all views at once, 3.2 ms against 7.5 for a photo. More than fit into the caches take longer so.
-    pieces = torch.cat(views).split(max(count, PREDICTION_BATCH))
-    return torch.cat([net(piece).float() for piece in pieces]).unflatten(0, (len(views), count))
+    pieces = torch.cat(views[1:]).split(max(len(images), PREDICTION_BATCH))
+    others = torch.cat([net(piece).float() for piece in pieces]).unflatten(0, (-1, len(chosen)))
+    return plain, plain.index_copy(0, unsure, torch.cat([plain[None, unsure], others]).mean(0))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -836,28 +852,32 @@ class BatchSampler(Sampler):
 
     With `shuffle` each epoch (set `epoch` first) has its own order, shares are equally long and a short last batch
     is dropped if a whole one remains, so that every update sees the same shapes. Without, nothing is left out.
+    Assign `chosen` to go through these images only.
     """
 
     def __init__(self, count: int, batch_size: int, runtime: Runtime, shuffle: bool, seed: int = 0) -> None:
-        self.count, self.batch_size, self.runtime, self.shuffle, self.seed = count, batch_size, runtime, shuffle, seed
-        self.epoch = 0
+        self.batch_size, self.runtime, self.shuffle, self.seed = batch_size, runtime, shuffle, seed
+        self.chosen, self.epoch = torch.arange(count), 0
 
-    def share(self) -> int:
-        """Images of this process in an epoch."""
+    def share(self, count: int) -> int:
+        """Images of this process in an epoch of `count` images."""
         rank, world_size = self.runtime.rank, self.runtime.world_size
         if not self.shuffle:
-            return len(range(rank, self.count, world_size))
-        equal = self.count // world_size
+            return len(range(rank, count, world_size))
+        equal = count // world_size
         return max(equal - equal % self.batch_size, min(equal, self.batch_size))
 
+    def batches(self, count: int) -> int:
+        return math.ceil(self.share(count) / self.batch_size)
+
     def __len__(self) -> int:
-        return math.ceil(self.share() / self.batch_size)
+        return self.batches(len(self.chosen))
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = torch.arange(self.count)
+        order, count = self.chosen, len(self.chosen)
         if self.shuffle:
-            order = torch.randperm(self.count, generator=epoch_generator(self.seed, self.epoch))
-        mine = order[self.runtime.rank::self.runtime.world_size][:self.share()]
+            order = order[torch.randperm(count, generator=epoch_generator(self.seed, self.epoch))]
+        mine = order[self.runtime.rank::self.runtime.world_size][:self.share(count)]
         yield from (batch.numpy() for batch in mine.split(self.batch_size))
 
 
@@ -910,6 +930,13 @@ def augment(images: Tensor, indices: Tensor, epoch: int, generator: torch.Genera
     down, right = torch.randint(-shift, shift + 1, (2, len(images)), generator=generator, device=images.device)
     coin = (indices * 2654435761 >> 31) & 1                        # Knuth's hash: a fixed coin for each image
     return move_pixels(images, down, right, ((coin + epoch) % 2).bool() & flip)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Images (N, 3, S, S) of side `size`, as floats; as they are where they have it."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1046,11 +1073,11 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
                 "compile_seconds": "time/compile_s", "train_images_per_second": "speed/train_img_s",
                 "peak_memory_so_far_mb": "memory/so_far_mb", "data_wait": "data/wait_s",
                 "ece": "calibration/ece", "skipped_updates": "train/skipped"}
-RUN_NAME_PARTS = {"width": "w", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x", "epochs": "e",
-                  "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
-                  "weight_decay": "wd", "label_smoothing": "ls", "warmup": "up", "bias_lr_scale": "bias",
-                  "flip": "flip", "shift": "shift", "cutout": "cut", "holdout": "hold",
-                  "limit_images": "n", "num_workers": "j"}
+RUN_NAME_PARTS = {"width": "w", "depth": "d", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x",
+                  "epochs": "e", "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
+                  "head_lr": "head", "bias_lr": "bias", "weight_decay": "wd", "label_smoothing": "ls",
+                  "start_size": "px", "hard_share": "hard", "freeze_after": "fr", "flip": "flip", "shift": "shift",
+                  "cutout": "cut", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1450,19 +1477,69 @@ def open_tracker(config: Config, runtime: Runtime, run_id: str | None = None, pa
 # ------------------------------------------------------------------------------------------------------------
 # Training: returns numbers, never prints, logs or saves.
 # ------------------------------------------------------------------------------------------------------------
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Nesterov SGD: filters decay; biases do not and learn faster (airbench's scaled BatchNorm biases)."""
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The matrix (rows, columns) with all singular values brought near 1 (0.5 to 1.5) and its singular vectors kept.
+
+    Three Newton-Schulz steps, as matrix products only, with the coefficients of Jordan 2024
+    (kellerjordan.github.io/posts/muon), which give up exactness for a steep slope at zero.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(3):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov SGD that orthogonalizes the updates of the filters (Jordan 2024; torch.optim's takes matrices only).
+
+    An orthogonal update turns every direction of a filter bank by the same angle, so its length, `lr`, says how far,
+    whatever the gradient; the bank itself is kept at one norm, sqrt(filters), before each step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in (each for each in group["params"] if each.grad is not None):
+                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
+                velocity.mul_(group["momentum"]).add_(weight.grad)
+                update = weight.grad.add(velocity, alpha=group["momentum"])
+                if weight.ndim == 4:
+                    weight.mul_(len(weight) ** 0.5 / weight.norm())
+                    update = orthogonalize(update.flatten(1)).view_as(weight)
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def build_optimizer(model: nn.Module, settings: TrainSettings, batch: int) -> Muon:
+    """The optimizer for updates of `batch` images, its peak rates derived from those at the reference batch.
+
+    An epoch shall lead as far at every batch. Momentum remembers as many images: a power of the batch. Within that
+    memory updates point the same way, so that they add up: the rate grows with the batch (arXiv:1706.02677). What is
+    not orthogonalized moves by each gradient 1 / (1 - momentum) times, which 1 - momentum undoes.
+    """
+    ratio = batch / REFERENCE_BATCH
+    momentum = settings.momentum ** ratio
+    sgd = ratio * (1 - momentum) / (1 - settings.momentum)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay, "lr_scale": 1.0},
-              {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0, "lr_scale": settings.bias_lr_scale}]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    return Muon([{"params": [weight for weight in trained if weight.ndim == dimensions], "peak_lr": rate,
+                  "momentum": momentum, "weight_decay": decay * ratio / rate}
+                 for dimensions, rate, decay in ((4, settings.lr * ratio, 0.0),
+                                                 (2, settings.head_lr * sgd, settings.weight_decay),
+                                                 (1, settings.bias_lr * sgd, settings.weight_decay))])
 
 
-def learning_rate(update: int, total: int, settings: TrainSettings, batch: int) -> float:
-    """Rate of the update number `update` (from 0) of `total`: up to the peak, then straight down to zero."""
-    peak = settings.lr * batch / REFERENCE_BATCH
-    start = 0 if settings.warmup else peak
-    return float(np.interp((update + 1) / (total + 1), [0, settings.warmup, 1], [start, peak, 0]))
+def image_size(share_done: float, settings: TrainSettings) -> int:
+    """Side of the training images after a share of the updates: small, between and whole, a third each."""
+    return settings.start_size + (IMAGE_SIZE - settings.start_size) * int(3 * share_done) // 2
+
+
+def images_of_epoch(epoch: int, settings: TrainSettings, count: int) -> int:
+    """How many of `count` images epoch number `epoch` (from 0) trains on: all at first, then straight down."""
+    return math.ceil(count * (1 - (1 - settings.hard_share) * epoch / settings.epochs))
 
 
 def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple[Any, float, bool]]:
@@ -1511,22 +1588,29 @@ class Meter:
 
 
 class TrainState:
-    """What training changes: weights, optimizer, scaler, and where in the schedule it stands."""
+    """What training changes: weights, optimizer, scaler, where in the schedule it stands (`total` updates), and the
+    loss of each training image when it was last seen."""
 
-    def __init__(self, model: nn.Module, replica: nn.Module, optimizer: torch.optim.Optimizer,
-                 schedule: Callable[[int], float], runtime: Runtime) -> None:
-        self.model, self.replica, self.optimizer, self.schedule = model, replica, optimizer, schedule
+    def __init__(self, model: nn.Module, replica: nn.Module, optimizer: Muon, total: int, images: int,
+                 runtime: Runtime) -> None:
+        self.model, self.replica, self.optimizer, self.total, self.runtime = model, replica, optimizer, total, runtime
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
+        self.losses = torch.full((images,), math.inf, device=runtime.device)
         self.epoch = self.updates = self.skipped = 0
         self.lr = 0.0
 
+    def share_done(self) -> float:
+        """Share of the updates done; the rates fall straight with it."""
+        return self.updates / self.total
+
     def update(self) -> None:
         """One step of the optimizer; where float16 overflowed it is skipped and the schedule stands still."""
-        self.lr = self.schedule(self.updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group["lr_scale"]
+            group["lr"] = group["peak_lr"] * (1 - self.share_done())
+        self.lr = self.optimizer.param_groups[0]["lr"]
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+        with self.runtime.autocast():                              # for the optimizer's matrix products
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         skipped = self.scaler.get_scale() < scale
@@ -1536,13 +1620,24 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """All that going on bit for bit needs; random numbers depend on seed and epoch alone."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "updates": self.updates,
-                "skipped": self.skipped}
+                "scaler": self.scaler.state_dict(), "losses": self.losses, "epoch": self.epoch,
+                "updates": self.updates, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part in ("model", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
+        self.losses.copy_(state["losses"])
         self.epoch, self.updates, self.skipped = state["epoch"], state["updates"], state["skipped"]
+
+    def freeze_first_stage(self) -> None:
+        """No gradients for it from now on, on which several processes must agree anew."""
+        self.model.blocks[0].requires_grad_(False)
+        if isinstance(self.replica, DistributedDataParallel):
+            self.replica = distribute(self.replica.module, self.runtime)
+
+    def hardest(self, count: int) -> Tensor:
+        """Indices of the `count` images with the greatest losses."""
+        return self.losses.argsort(descending=True, stable=True)[:count].cpu()
 
 
 def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
@@ -1553,20 +1648,28 @@ def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager
 def train_epoch(state: TrainState, batches: Iterable, count: int, settings: TrainSettings, seed: int, mirrors: bool,
                 runtime: Runtime) -> dict[str, float]:
     """One pass over `count` training batches; means over all processes."""
+    if state.share_done() >= settings.freeze_after and state.model.blocks[0].convs[0].weight.requires_grad:
+        state.freeze_first_stage()
     state.replica.train()
     meter, generator = Meter(), epoch_generator(seed, state.epoch, 1 + runtime.rank, runtime.device)
+    seen = torch.zeros_like(state.losses)
     started = time.perf_counter()
     for batch, share, closes in accumulation_windows(meter.timed(batches), count, settings.accumulate_grad_steps):
         images, labels, indices = runtime.move(*batch)
         images = augment(images, indices, state.epoch, generator, mirrors, settings.shift, settings.cutout)
+        images = shrink(images, image_size(state.share_done(), settings))
         with no_sync(state.replica, skip=not closes):
             with runtime.autocast():
                 logits = state.replica(images)                                               # (N, classes)
-                loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+                losses = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="none")
+            loss = losses.mean()
             state.scaler.scale(loss * share).backward()
+        seen[indices] = losses.detach().float()
         meter.add(loss, logits, labels)                                                      # on the device: no wait
         if closes:
             state.update()
+    seen = runtime.sum(seen)                                       # each process saw others
+    state.losses = torch.where(seen > 0, seen, state.losses)
     result = meter.result(runtime)
     seconds = time.perf_counter() - started
     if not math.isfinite(result["train_loss"]):
@@ -1608,15 +1711,16 @@ def evaluate(net: nn.Module, split: Split, classes: int, runtime: Runtime, tta: 
     sampler = BatchSampler(len(split), EVALUATION_BATCH, runtime, shuffle=False)
     # No workers: reading in order costs nothing. `net` is not DDP, whose buffers' exchange shares of unequal
     # length would wait for in vain.
-    views, labels = [], []
+    plain, answers, labels = [], [], []
     for images, batch_labels, _ in build_loader(split, sampler, loader_options(0, runtime)):
         with runtime.autocast():
-            views.append(logits_of_views(net, *runtime.move(images), tta, mirrors).cpu())
+            for logits, kept in zip(logits_with_tta(net, *runtime.move(images), tta, mirrors), (plain, answers)):
+                kept.append(logits.cpu())
         labels.append(batch_labels)
-    logits, truth = torch.cat(views, 1), torch.cat(labels)                                   # (views, N, classes), (N,)
-    loss = F.cross_entropy(logits[0], truth, reduction="sum")
-    confusion = torch.bincount(truth * classes + logits[0].argmax(1), minlength=classes * classes)
-    confidence, answer = (logits.mean(0) / temperature).softmax(1).max(1)
+    logits, truth = torch.cat(plain), torch.cat(labels)                                      # (N, classes), (N,)
+    loss = F.cross_entropy(logits, truth, reduction="sum")
+    confusion = torch.bincount(truth * classes + logits.argmax(1), minlength=classes * classes)
+    confidence, answer = (torch.cat(answers) / temperature).softmax(1).max(1)
     correct = (answer == truth).float()
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
     gaps = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, confidence - correct)
@@ -1653,8 +1757,8 @@ class Predictor:
     def probabilities(self, images: Tensor, tta: bool) -> Tensor:
         """(N, classes) on the CPU, of uint8 images (N, 3, 32, 32)."""
         with self.runtime.autocast():
-            views = logits_of_views(self.net, *self.runtime.move(images), tta, self.saved.mirrors)
-        return (views.mean(0) / self.saved.temperature).softmax(1).cpu()
+            _, logits = logits_with_tta(self.net, *self.runtime.move(images), tta, self.saved.mirrors)
+        return (logits / self.saved.temperature).softmax(1).cpu()
 
 
 _predictor_lock = threading.Lock()
@@ -1788,7 +1892,7 @@ def announce(resolved: dict[str, Any]) -> None:
 
 class Resume:
     """The resume file of a model path: all of a run up to its last finished epoch."""
-    VERSION = 1
+    VERSION = 2
     MAY_CHANGE = {"mode", "model_path", "json", "data_dir", "data_url", "num_workers", "resume", "compile", "image",
                   "top_k", "threshold", "mlflow", "experiment", "run_name", "tracking_uri"}
 
@@ -1842,21 +1946,21 @@ class Training:
 
 def build_training(config: Config, data: ImageData, runtime: Runtime) -> Training:
     """Network, optimizer and loader of one seed, nothing trained yet."""
-    settings = config.train
+    settings, count = config.train, len(data.train)
     mirrors = data.mirrors if settings.flip is None else settings.flip
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, len(data.class_names), pixel_statistics(data.train.images))
-    sampler = BatchSampler(len(data.train), settings.batch_size, runtime, shuffle=True, seed=config.run.seed)
-    if not len(sampler):
-        raise UserError(f"{len(data.train)} training images are too few for {runtime.world_size} processes")
+    sampler = BatchSampler(count, settings.batch_size, runtime, shuffle=True, seed=config.run.seed)
+    if not sampler.batches(images_of_epoch(settings.epochs - 1, settings, count)):
+        raise UserError(f"{count} training images are too few for {runtime.world_size} processes")
     options = loader_options(config.data.num_workers, runtime)
     loader = build_loader(data.train, sampler, options)
-    example = data.train.images[:min(sampler.share(), sampler.batch_size)]
+    example = data.train.images[:min(sampler.share(count), sampler.batch_size)]
     net, report = accelerate(model.train(), runtime, pick_compile(config.run.compile, runtime.device, False), example)
-    total = settings.epochs * math.ceil(len(sampler) / settings.accumulate_grad_steps)
-    schedule = functools.partial(learning_rate, total=total, settings=settings,
-                                 batch=effective_batch(settings, runtime))
-    state = TrainState(model, distribute(net, runtime), build_optimizer(model, settings), schedule, runtime)
+    optimizer = build_optimizer(model, settings, effective_batch(settings, runtime))
+    total = sum(math.ceil(sampler.batches(images_of_epoch(epoch, settings, count)) / settings.accumulate_grad_steps)
+                for epoch in range(settings.epochs))
+    state = TrainState(model, distribute(net, runtime), optimizer, total, count, runtime)
     resolved = resolved_settings(config, runtime, options, report, data, mirrors)
     return Training(state, sampler, loader, mirrors, resolved, report.seconds)
 
@@ -1878,6 +1982,7 @@ def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runt
     """Train one epoch and, where one is due, evaluate."""
     state, name, epochs = training.state, data.evaluation_name, config.train.epochs
     training.sampler.epoch = state.epoch
+    training.sampler.chosen = state.hardest(images_of_epoch(state.epoch, config.train, len(data.train)))
     bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}", runtime)
     record = {"epoch": state.epoch + 1} | train_epoch(state, bar, len(training.sampler), config.train, config.run.seed,
                                                       training.mirrors, runtime)
@@ -2183,7 +2288,8 @@ def training_case(case: Case, config: Config, data: ImageData) -> tuple[Callable
     options = loader_options(config.data.num_workers, case.runtime)
     loader = (build_loader(split, sampler, options) if ours else
               DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
-    state = TrainState(model, net, build_optimizer(model, settings), lambda _: 1e-3, case.runtime)
+    state = TrainState(model, net, build_optimizer(model, settings, settings.batch_size), 10 ** 6,
+                       len(split), case.runtime)
     same_work = replace(settings, cutout=0, shift=settings.shift * ours)       # the usual pipeline has shifted before
     return functools.partial(train_epoch, state, loader, len(sampler), same_work, config.run.seed,
                              ours and data.mirrors, case.runtime), report

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import classifier
-from classifier import UserError, load_model, save_atomically
+from classifier import MODEL_FORMAT, UserError, load_model, save_atomically
 
 
 def test_round_trip(trained):
@@ -19,7 +19,7 @@ def test_round_trip(trained):
     assert not model.model.training and model.class_names == tuple("0123456789") and model.dataset == "digits"
     assert all(torch.equal(tensor, saved["weights"][name]) for name, tensor in model.model.state_dict().items())
     assert saved["metrics"]["test_accuracy"] > 0.2
-    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8}
+    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8, "depth": 3}
 
 
 def test_statistics_travel_with_the_file(trained, tmp_path):
@@ -64,12 +64,12 @@ def write_evil_old(path):
 
 
 def write_evil_zip(path):
-    torch.save({"format_version": 1, "weights": Evil()}, path)
+    torch.save({"format_version": MODEL_FORMAT, "weights": Evil()}, path)
     assert zipfile.is_zipfile(path)
 
 
 def write_evil_legacy(path):
-    torch.save({"format_version": 1, "weights": Evil()}, path, _use_new_zipfile_serialization=False)
+    torch.save({"format_version": MODEL_FORMAT, "weights": Evil()}, path, _use_new_zipfile_serialization=False)
 
 
 def write_state_dict(path):
@@ -77,7 +77,7 @@ def write_state_dict(path):
 
 
 def write_other_weights(path):
-    torch.save({"format_version": 1, "weights": {}, "model": {"width": 8}, "class_names": ["a"], "dataset": "x"}, path)
+    torch.save({"format_version": MODEL_FORMAT, "weights": {}, "model": {"width": 8}, "class_names": ["a"], "dataset": "x"}, path)
 
 
 def write_future(path):

@@ -1,4 +1,6 @@
 """The network: uint8 pixels in, logits out, and what augmentation and TTA make of the pixels."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifier import (ModelSettings, augment, build_model, cut_out, epoch_generator, logits_of_views, move_pixels,
+import classifier
+from classifier import (ModelSettings, augment, build_model, cut_out, epoch_generator, logits_with_tta, move_pixels,
                         pixel_statistics)
 
 
@@ -118,10 +121,24 @@ def test_cutout_is_one_gray_square_in_each_image():
     assert gray[:, 0].any(0).all()                                              # everywhere sooner or later
 
 
-def test_views(model, images):
+def test_views(model, images, monkeypatch):
     model.eval()
-    plain, tta, unmirrored = (logits_of_views(model, images, *options) for options in
-                              ((False, True), (True, True), (True, False)))
-    assert (len(plain), len(tta), len(unmirrored)) == (1, 6, 3)
-    torch.testing.assert_close(plain[0], tta[0])
-    torch.testing.assert_close(tta[1], model(images.flip(3)), atol=1e-5, rtol=0)
+    monkeypatch.setattr(classifier, "TTA_MARGIN", math.inf)
+    plain, same = logits_with_tta(model, images, False, True)
+    assert same is plain
+    for flip in (True, False):
+        edges = [F.pad(side.float(), (1, 1, 1, 1), "reflect").byte() for side in (images, images.flip(3))[:1 + flip]]
+        views = [side[:, :, start:start + 32, start:start + 32] for side in edges for start in (0, 1, 2)]
+        _, averaged = logits_with_tta(model, images, True, flip)
+        torch.testing.assert_close(averaged, torch.stack([model(view) for view in views]).mean(0), atol=1e-5, rtol=0)
+
+
+def test_only_unsure_images_get_more_views(model, images, monkeypatch):
+    model.eval()
+    best = logits_with_tta(model, images, False, True)[0].detach().topk(2).values
+    gaps = best[:, 0] - best[:, 1]
+    monkeypatch.setattr(classifier, "TTA_MARGIN", float(gaps.sort().values[19:21].mean()))
+    plain, answers = logits_with_tta(model, images, True, True)
+    assert torch.equal((plain != answers).any(1), gaps < classifier.TTA_MARGIN) and (plain != answers).any()
+    alone = torch.cat([logits_with_tta(model, image[None], True, True)[1] for image in images])
+    torch.testing.assert_close(alone, answers, atol=1e-5, rtol=0)

@@ -73,7 +73,7 @@ def test_first_signal_raises_and_handlers_come_back(number):
 
 def failing_compile(model):
     def first_call(*_):
-        model.blocks[0].norm1.running_mean += 1
+        model.blocks[0].norms[0].running_mean += 1
         torch.rand(3)
         raise RuntimeError("no C++ compiler\nmore")
     return first_call

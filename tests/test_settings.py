@@ -8,7 +8,7 @@ from classifier import Config, command_line, parse_config, redact
 
 PARTS = [getattr(Config(), field.name) for field in fields(Config)]
 FIELDS = [(field, getattr(part, field.name)) for part in PARTS for field in fields(part)]
-SAMPLES = {"mode": "predict", "device": "cpu", "dataset": "digits", "image": ("a.png", "b.png"),
+SAMPLES = {"mode": "predict", "device": "cpu", "dataset": "digits", "image": ("a.png", "b.png"), "start_size": 24,
            "data_url": ("http://a/", "http://b/")}
 
 
@@ -40,7 +40,7 @@ def test_each_field_is_one_flag_that_reaches_it(field, default, capsys):
 @pytest.mark.parametrize("words", [
     "--batch-size 0", "--epochs -1", "--epochs 0", "--accumulate-grad-steps 0", "--top-k 0", "--threshold 1.5",
     "--threshold nan", "--lr 0", "--lr nan", "--lr inf", "--num-workers -1", "--epochs two", "--mode guess",
-    "--device tpu", "--dataset mnist", "--frobnicate", "--epoch 3", "--warmup 2", "--holdout -5"])
+    "--device tpu", "--dataset mnist", "--frobnicate", "--epoch 3", "--freeze-after 2", "--holdout -5"])
 def test_impossible_value_exits_2_and_names_the_flag(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(words.split())

@@ -1,5 +1,6 @@
 """The loop: schedules, accumulation, mixed precision, sums. Exact where it can be."""
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import classifier
-from classifier import (BatchSampler, Meter, ModelSettings, Runtime, Split, TrainSettings, TrainState, UserError,
-                        accumulation_windows, build_loader, build_model, build_optimizer, evaluate, learning_rate,
-                        loader_options, pixel_statistics, train_epoch)
+from classifier import (REFERENCE_BATCH, BatchSampler, Meter, ModelSettings, Muon, Runtime, Split, TrainSettings,
+                        TrainState, UserError, accumulation_windows, build_loader, build_model, build_optimizer,
+                        evaluate, image_size, images_of_epoch, loader_options, orthogonalize, pixel_statistics, shrink,
+                        train_epoch)
 
-PLAIN = TrainSettings(shift=0, flip=False, cutout=0)
+PLAIN = TrainSettings(shift=0, flip=False, cutout=0, start_size=32, hard_share=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,8 @@ def model(split):
     return build_model(ModelSettings(width=4), 4, pixel_statistics(split.images))
 
 
-def state_of(model, runtime, settings=PLAIN, rate=0.1):
-    return TrainState(model, model, build_optimizer(model, settings), lambda _: rate, runtime)
+def state_of(model, runtime, settings=PLAIN, total=100):
+    return TrainState(model, model, build_optimizer(model, settings, REFERENCE_BATCH), total, 96, runtime)
 
 
 def train(state, split, runtime, settings, batch_size=16):
@@ -56,41 +58,127 @@ def test_accumulation_equals_the_big_batch(split, model, cpu):
     big, small = model, copy.deepcopy(model)
     small.train = lambda mode=True: torch.nn.Module.train(small, False)
     for net, batch_size, steps in ((big, 48, 1), (small, 12, 4)):
-        from dataclasses import replace
         train(state_of(net, cpu), split, cpu, replace(PLAIN, accumulate_grad_steps=steps), batch_size)
     for name, tensor in big.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_a_short_last_window_is_a_whole_update(split, model, cpu):
-    from dataclasses import replace
     state = state_of(model, cpu)
     train(state, split, cpu, replace(PLAIN, accumulate_grad_steps=4))          # 6 batches: windows of 4 and 2
     assert state.updates == 2
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_rate_rises_to_the_peak_and_falls_to_zero():
-    settings = TrainSettings(lr=0.5, warmup=0.25)
-    rates = [learning_rate(update, 100, settings, batch=256) for update in range(100)]
-    peak = int(np.argmax(rates))
-    assert rates[peak] == pytest.approx(1.0, rel=0.02) and peak in (24, 25)      # twice the reference batch
-    assert 0 < rates[0] < 0.1 and 0 < rates[-1] < 0.02
-    assert np.all(np.diff(rates[:peak]) > 0) and np.all(np.diff(rates[peak + 1:]) < 0)
-    for warmup in (0.0, 1.0):
-        ends = [learning_rate(update, 10, TrainSettings(warmup=warmup), 128) for update in (0, 9)]
-        assert all(0 < rate <= 0.125 for rate in ends) and (ends[0] > ends[1]) == (warmup == 0)
+def test_rates_fall_straight_from_the_peak(model, cpu):
+    state, seen = state_of(model, cpu, total=4), []
+    for _ in range(4):
+        state.update()
+        seen.append([group["lr"] for group in state.optimizer.param_groups])
+    peaks = [group["peak_lr"] for group in state.optimizer.param_groups]
+    assert peaks == [PLAIN.lr, PLAIN.head_lr, PLAIN.bias_lr]
+    for rates, share in zip(seen, (1, 0.75, 0.5, 0.25)):
+        assert rates == pytest.approx([share * peak for peak in peaks])
 
 
-def test_one_update_in_all_learns():
-    assert learning_rate(0, 1, TrainSettings(), 128) > 0.05
+@pytest.mark.parametrize("batch", [64, 256, 2048])
+def test_every_batch_goes_as_far_with_an_epoch(model, batch):
+    """Same gradient all the time: where plain SGD ends after 2,048 images, and how far momentum looks back."""
+    ends = []
+    for size in (REFERENCE_BATCH, batch):
+        optimizer = build_optimizer(model, TrainSettings(), size)
+        momentum, rate = optimizer.param_groups[1]["momentum"], optimizer.param_groups[1]["peak_lr"]
+        ends.append((rate / (1 - momentum) / size, momentum ** (1 / size), optimizer.param_groups[0]["peak_lr"] / size))
+    assert ends[0] == pytest.approx(ends[1])
 
 
-def test_biases_do_not_decay_and_frozen_weights_are_left_out(model):
-    filters, biases = build_optimizer(model, TrainSettings(weight_decay=0.1, bias_lr_scale=7)).param_groups
-    assert (filters["weight_decay"], filters["lr_scale"]) == (0.1, 1) and all(p.ndim > 1 for p in filters["params"])
-    assert (biases["weight_decay"], biases["lr_scale"]) == (0, 7) and all(p.ndim == 1 for p in biases["params"])
-    assert not any(parameter is model.stem.weight for parameter in filters["params"])
+def test_what_the_optimizer_trains(model):
+    filters, head, biases = build_optimizer(model, TrainSettings(weight_decay=0.1), REFERENCE_BATCH).param_groups
+    assert len(filters["params"]) == 9 and filters["weight_decay"] == 0
+    assert all(weight is not model.stem.weight for weight in filters["params"])
+    assert [weight is model.head.weight for weight in head["params"]] == [True]
+    assert head["weight_decay"] * head["peak_lr"] == pytest.approx(0.1)
+    assert all(weight.ndim == 1 for weight in biases["params"])
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_orthogonalize_against_the_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    turned = left.T @ orthogonalize(matrix) @ right.T
+    torch.testing.assert_close(turned, turned.diag().diag(), atol=1e-4, rtol=0)          # the same singular vectors
+    assert 0.4 < turned.diag()[values > 0.1 * values[0]].min() and turned.diag().max() < 1.3
+    torch.testing.assert_close(orthogonalize(1000 * matrix), orthogonalize(matrix), atol=1e-4, rtol=1e-4)
+
+
+def test_muon_is_nesterov_sgd_where_it_does_not_orthogonalize():
+    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    ours = Muon([{"params": weights[:1], "lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}])
+    theirs = torch.optim.SGD(weights[1:], lr=0.1, momentum=0.8, nesterov=True)
+    for step in range(5):
+        for weight, optimizer in zip(weights, (ours, theirs)):
+            optimizer.zero_grad()
+            (weight ** 2).sum().mul(step + 1).backward()
+            if optimizer is theirs:
+                weight.data *= 1 - 0.1 * 0.05                                            # decoupled, as in AdamW
+            optimizer.step()
+        torch.testing.assert_close(*weights)
+
+
+def test_muon_keeps_filters_on_their_sphere():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    optimizer = Muon([{"params": [weight], "lr": 0.0, "momentum": 0.9}])
+    weight.sum().backward()
+    optimizer.step()
+    assert weight.norm().item() == pytest.approx(2, rel=1e-5)                            # the root of four filters
+
+
+def test_epochs_shrink_to_the_hard_images():
+    settings = TrainSettings(epochs=4, hard_share=0.5)
+    assert [images_of_epoch(epoch, settings, 800) for epoch in range(4)] == [800, 700, 600, 500]
+    assert images_of_epoch(3, replace(settings, hard_share=1.0), 800) == 800
+
+
+def test_hardest_are_those_with_the_greatest_last_loss(split, model, cpu):
+    state = state_of(model, cpu)
+    assert torch.equal(state.hardest(3), torch.arange(3))                                # nothing seen yet
+    train(state, split, cpu, PLAIN)
+    assert (state.losses > 0).all() and state.losses.isfinite().all()
+    before, chosen = state.losses.clone(), state.hardest(32)
+    assert state.losses[chosen].min() >= state.losses.sort().values[-32]
+    state.epoch = 1
+    sampler = BatchSampler(len(split), 16, cpu, shuffle=True)
+    sampler.chosen = chosen
+    loader = build_loader(split, sampler, loader_options(0, cpu))
+    train_epoch(state, loader, len(sampler), PLAIN, 0, False, cpu)
+    changed = (state.losses != before).nonzero().flatten()
+    assert torch.equal(changed, chosen.sort().values)                                    # the others keep theirs
+
+
+def test_the_first_stage_is_frozen_late(split, model, cpu):
+    settings = replace(PLAIN, freeze_after=0.5)
+    state = state_of(model, cpu, total=12)                                               # two epochs of six updates
+    for trained in (True, False):
+        before = copy.deepcopy(model.state_dict())
+        train(state, split, cpu, settings)
+        state.epoch += 1
+        for block, changes in ((0, trained), (1, True)):
+            name = f"blocks.{block}.convs.0.weight"
+            assert torch.equal(before[name], model.state_dict()[name]) != changes
+
+
+def test_sizes_grow_in_thirds():
+    sizes = [image_size(update / 9, TrainSettings(start_size=20)) for update in range(9)]
+    assert sizes == [20] * 3 + [26] * 3 + [32] * 3
+    assert image_size(0.0, TrainSettings(start_size=32)) == 32
+
+
+def test_shrink_against_pillow():
+    from PIL import Image
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR)).astype(int)
+    ours = shrink(torch.from_numpy(image).permute(2, 0, 1)[None], 20)[0].permute(1, 2, 0).numpy()
+    assert np.abs(ours - expected).max() <= 1                                            # Pillow rounds
 
 
 def test_meter_against_numpy(cpu):
@@ -145,7 +233,7 @@ def test_scaler_only_for_float16(model):
 
 
 def test_loss_falls(split, model, cpu):
-    state = state_of(model, cpu, rate=0.05)
+    state = state_of(model, cpu)
     first = train(state, split, cpu, PLAIN)
     for _ in range(8):
         last = train(state, split, cpu, PLAIN)
@@ -160,10 +248,10 @@ def test_bfloat16_trains_about_the_same(split, model, cpu):
     assert all(parameter.dtype == torch.float32 for parameter in other.parameters())
 
 
-def test_loss_that_is_not_finite_stops(split, model, cpu):
+def test_loss_that_is_not_finite_stops(split, model, cpu, monkeypatch):
+    monkeypatch.setattr(classifier, "orthogonalize", lambda matrix: matrix * float("nan"))
     with pytest.raises(UserError, match=r"no longer finite \(epoch 1, batch \d+, learning rate"):
-        for _ in range(5):
-            train(state_of(model, cpu, rate=1e30), split, cpu, PLAIN)
+        train(state_of(model, cpu), split, cpu, PLAIN)
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -172,11 +260,11 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
     monkeypatch.setattr(classifier, "EVALUATION_BATCH", 40)                    # 96 images: a short last batch
     found = evaluate(model, split, 4, cpu, tta=tta, mirrors=True, temperature=2.0)
     with torch.inference_mode():
-        logits = classifier.logits_of_views(model, split.images, tta, True)
-    truth, plain = split.labels.numpy(), logits[0].argmax(1).numpy()
-    assert found.loss == pytest.approx(float(F.cross_entropy(logits[0], split.labels)), rel=1e-5)
+        logits, answers = classifier.logits_with_tta(model, split.images, tta, True)
+    truth, plain = split.labels.numpy(), logits.argmax(1).numpy()
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
     assert found.accuracy == pytest.approx((plain == truth).mean())
-    confidence, answer = (each.numpy() for each in (logits.mean(0) / 2).softmax(1).max(1))
+    confidence, answer = (each.numpy() for each in (answers / 2).softmax(1).max(1))
     assert found.accuracy_tta == (pytest.approx((answer == truth).mean()) if tta else None)
     ece = sum(abs((confidence - (answer == truth))[inside].sum()) for low in range(15)
               if (inside := (confidence * 15).astype(int) == low).any()) / 96
@@ -205,7 +293,6 @@ def test_state_goes_on_bit_for_bit(split, model, cpu):
 
 @pytest.mark.cuda
 def test_float16_accumulation_on_cuda_equals_the_big_batch(split, model):
-    from dataclasses import replace
     gpu = Runtime(torch.device("cuda"), torch.float16)
     nets = [copy.deepcopy(model).cuda().to(memory_format=torch.channels_last) for _ in range(2)]
     for net, batch_size, steps in zip(nets, (48, 12), (1, 4)):
