@@ -105,13 +105,15 @@ class TrainSettings:
                                          least=1)
     lr: float = setting(0.0135, f"length of the filters' first update, at an effective batch of {REFERENCE_BATCH}",
                         above=0.0, most=1e6)
-    head_lr: float = setting(18.0, "first learning rate of the last layer, at that batch", above=0.0, most=1e6)
-    bias_lr: float = setting(1.4, "first learning rate of the biases, at that batch", above=0.0, most=1e6)
-    momentum: float = setting(0.968, "Nesterov momentum, at that batch", least=0.0, most=0.9999)
+    head_lr: float = setting(6.0, "first learning rate of the last layer, at that batch", above=0.0, most=1e6)
+    bias_lr: float = setting(0.47, "first learning rate of the biases, at that batch", above=0.0, most=1e6)
+    momentum: float = setting(0.968, "Nesterov momentum of the filters, at that batch", least=0.0, most=0.9999)
+    head_momentum: float = setting(0.99, "Nesterov momentum of the last layer and the biases, at that batch",
+                                   least=0.0, most=0.9999)
     weight_decay: float = setting(1.7e-3, "share of the last layer and the biases that the first update takes off, at "
                                   "that batch", least=0.0, most=1.0)
     label_smoothing: float = setting(0.2, "share of the target given to all classes", least=0.0, most=0.9)
-    start_size: int = setting(20, "side of the images in the first third of the updates; whole in the last",
+    start_size: int = setting(20, "side of the images in the first 0.3 of the updates; whole in the last 0.4",
                               least=16, most=IMAGE_SIZE)
     hard_share: float = setting(0.5, "each epoch leaves out more of the images with the least loss, down to this share "
                                 "of all images", above=0.0, most=1.0)
@@ -1075,9 +1077,10 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
                 "ece": "calibration/ece", "skipped_updates": "train/skipped"}
 RUN_NAME_PARTS = {"width": "w", "depth": "d", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x",
                   "epochs": "e", "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
-                  "head_lr": "head", "bias_lr": "bias", "weight_decay": "wd", "label_smoothing": "ls",
-                  "start_size": "px", "hard_share": "hard", "freeze_after": "fr", "flip": "flip", "shift": "shift",
-                  "cutout": "cut", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
+                  "head_lr": "head", "head_momentum": "hm", "bias_lr": "bias", "weight_decay": "wd",
+                  "label_smoothing": "ls", "start_size": "px", "hard_share": "hard", "freeze_after": "fr",
+                  "flip": "flip", "shift": "shift", "cutout": "cut", "holdout": "hold", "limit_images": "n",
+                  "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1522,19 +1525,20 @@ def build_optimizer(model: nn.Module, settings: TrainSettings, batch: int) -> Mu
     not orthogonalized moves by each gradient 1 / (1 - momentum) times, which 1 - momentum undoes.
     """
     ratio = batch / REFERENCE_BATCH
-    momentum = settings.momentum ** ratio
-    sgd = ratio * (1 - momentum) / (1 - settings.momentum)
+    momentum, head_momentum = settings.momentum ** ratio, settings.head_momentum ** ratio
+    sgd = ratio * (1 - head_momentum) / (1 - settings.head_momentum)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Muon([{"params": [weight for weight in trained if weight.ndim == dimensions], "peak_lr": rate,
-                  "momentum": momentum, "weight_decay": decay * ratio / rate}
-                 for dimensions, rate, decay in ((4, settings.lr * ratio, 0.0),
-                                                 (2, settings.head_lr * sgd, settings.weight_decay),
-                                                 (1, settings.bias_lr * sgd, settings.weight_decay))])
+                  "momentum": memory, "weight_decay": decay * ratio / rate}
+                 for dimensions, rate, memory, decay in (
+                     (4, settings.lr * ratio, momentum, 0.0),
+                     (2, settings.head_lr * sgd, head_momentum, settings.weight_decay),
+                     (1, settings.bias_lr * sgd, head_momentum, settings.weight_decay))])
 
 
 def image_size(share_done: float, settings: TrainSettings) -> int:
-    """Side of the training images after a share of the updates: small, between and whole, a third each."""
-    return settings.start_size + (IMAGE_SIZE - settings.start_size) * int(3 * share_done) // 2
+    """Side of the training images after a share of the updates: small up to 0.3, between up to 0.6, then whole."""
+    return settings.start_size + (IMAGE_SIZE - settings.start_size) * min(int(share_done / 0.3), 2) // 2
 
 
 def images_of_epoch(epoch: int, settings: TrainSettings, count: int) -> int:

@@ -167,9 +167,9 @@ def test_the_first_stage_is_frozen_late(split, model, cpu):
             assert torch.equal(before[name], model.state_dict()[name]) != changes
 
 
-def test_sizes_grow_in_thirds():
-    sizes = [image_size(update / 9, TrainSettings(start_size=20)) for update in range(9)]
-    assert sizes == [20] * 3 + [26] * 3 + [32] * 3
+def test_sizes_grow():
+    sizes = [image_size(update / 20, TrainSettings(start_size=20)) for update in range(20)]
+    assert sizes == [20] * 6 + [26] * 6 + [32] * 8
     assert image_size(0.0, TrainSettings(start_size=32)) == 32
 
 
