@@ -2294,7 +2294,8 @@ def training_case(case: Case, config: Config, data: ImageData) -> tuple[Callable
               DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
     state = TrainState(model, net, build_optimizer(model, settings, settings.batch_size), 10 ** 6,
                        len(split), case.runtime)
-    same_work = replace(settings, cutout=0, shift=settings.shift * ours)       # the usual pipeline has shifted before
+    same_work = replace(settings, cutout=0, shift=settings.shift * ours,       # the usual pipeline has shifted before
+                        start_size=IMAGE_SIZE)
     return functools.partial(train_epoch, state, loader, len(sampler), same_work, config.run.seed,
                              ours and data.mirrors, case.runtime), report
 

@@ -276,17 +276,19 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
 
 
 def test_state_goes_on_bit_for_bit(split, model, cpu):
+    settings = TrainSettings(start_size=20, freeze_after=0.4)                            # frozen from the second epoch
     other = copy.deepcopy(model)
-    straight, broken = state_of(model, cpu), state_of(other, cpu)
+    straight, broken = (state_of(each, cpu, settings, total=12) for each in (model, other))
     for state in (straight, broken):
-        train(state, split, cpu, PLAIN)
+        train(state, split, cpu, settings)
         state.epoch += 1
     saved = copy.deepcopy(broken.state_dict())
-    fresh = state_of(build_model(ModelSettings(width=4), 4), cpu)
+    fresh = state_of(build_model(ModelSettings(width=4), 4), cpu, settings, total=12)
     fresh.load_state_dict(saved)
     for state in (straight, fresh):
-        train(state, split, cpu, PLAIN)
+        train(state, split, cpu, settings)
     assert fresh.updates == straight.updates == 12
+    assert torch.equal(straight.losses, fresh.losses)
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, fresh.model.state_dict()[name]), name
 
