@@ -338,7 +338,7 @@ def test_peak_memory_is_this_process_own():
 
 @pytest.mark.slow
 def test_benchmark(cli, tmp_path):
-    done = cli("--mode", "benchmark", "--dataset", "digits", "--width", 8, "--json", timeout=900)
+    done = cli("--mode", "benchmark", "--dataset", "digits", "--width", 16, "--json", timeout=900)
     assert done.returncode == 0, done.stderr
     found = rows(done.stdout)
     checks = {row["name"]: row["passed"] for row in found if row["event"] == "check"}
