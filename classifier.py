@@ -103,7 +103,7 @@ class TrainSettings:
     batch_size: int = setting(128, "images per process and micro-batch", least=1)
     accumulate_grad_steps: int = setting(1, "micro-batches per update; effective batch = batch x steps x processes",
                                          least=1)
-    lr: float = setting(0.0135, f"length of the filters' first update, at an effective batch of {REFERENCE_BATCH}",
+    lr: float = setting(0.0115, f"length of the filters' first update, at an effective batch of {REFERENCE_BATCH}",
                         above=0.0, most=1e6)
     head_lr: float = setting(6.0, "first learning rate of the last layer, at that batch", above=0.0, most=1e6)
     bias_lr: float = setting(0.47, "first learning rate of the biases, at that batch", above=0.0, most=1e6)
@@ -115,7 +115,7 @@ class TrainSettings:
     label_smoothing: float = setting(0.2, "share of the target given to all classes", least=0.0, most=0.9)
     start_size: int = setting(20, "side of the images in the first 0.3 of the updates; whole in the last 0.4",
                               least=16, most=IMAGE_SIZE)
-    hard_share: float = setting(0.5, "each epoch leaves out more of the images with the least loss, down to this share "
+    hard_share: float = setting(0.4, "each epoch leaves out more of the images with the least loss, down to this share "
                                 "of all images", above=0.0, most=1.0)
     freeze_after: float = setting(0.6, "share of the updates after which the first stage, a quarter of the time, stays "
                                   "as it is", least=0.0, most=1.0)
@@ -130,8 +130,8 @@ class TrainSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     """train, benchmark; the others find it in the model file"""
-    width: int = setting(64, "channels of the first stage; the next two have four times as many", least=1, most=4096)
-    depth: int = setting(3, "convolutions of each stage", least=1, most=64)
+    width: int = setting(80, "channels of the first stage; the next two have four times as many", least=1, most=4096)
+    depth: int = setting(2, "convolutions of each stage", least=1, most=64)
 
 
 @dataclass(frozen=True)
@@ -556,7 +556,7 @@ class ConvBlock(nn.Module):
 
 
 class CifarNet(nn.Module):
-    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench: 161 M multiply-adds an image.
+    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench: 180 M multiply-adds an image.
 
     Takes uint8 pixels (N, 3, 32, 32) and normalises them itself, so that no caller can do it wrong and a quarter
     of the bytes travel; gives logits (N, classes).

@@ -19,7 +19,7 @@ def test_round_trip(trained):
     assert not model.model.training and model.class_names == tuple("0123456789") and model.dataset == "digits"
     assert all(torch.equal(tensor, saved["weights"][name]) for name, tensor in model.model.state_dict().items())
     assert saved["metrics"]["test_accuracy"] > 0.2
-    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8, "depth": 3}
+    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8, "depth": 2}
 
 
 def test_statistics_travel_with_the_file(trained, tmp_path):
