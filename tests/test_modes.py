@@ -145,8 +145,8 @@ def test_resume_ends_bit_for_bit_as_if_nothing_had_happened(capsys, monkeypatch)
 
 def test_resume_refuses_what_changes_the_mathematics(capsys, monkeypatch):
     interrupted(monkeypatch, capsys, *TINY, after=1)
-    for flags, words in ((["--lr", "0.2"], "--lr was 0.0135, is 0.2"), (["--limit-images", "300"], "--limit-images"),
-                         (["--epochs", "9"], "--epochs was 2, is 9")):
+    for flags, words in ((["--lr", "0.2"], f"--lr was {classifier.TrainSettings.lr}, is 0.2"),
+                         (["--limit-images", "300"], "--limit-images"), (["--epochs", "9"], "--epochs was 2, is 9")):
         code, _, err = run(capsys, "--mode", "train", *TINY, *flags, "--resume")
         assert code == 1 and words in err
     assert run(capsys, "--mode", "train", *TINY, "--resume")[0] == 0

@@ -27,7 +27,7 @@ def split():
 @pytest.fixture
 def model(split):
     torch.manual_seed(0)
-    return build_model(ModelSettings(width=4), 4, pixel_statistics(split.images))
+    return build_model(ModelSettings(width=4, depth=3), 4, pixel_statistics(split.images))
 
 
 def state_of(model, runtime, settings=PLAIN, total=100):
@@ -283,7 +283,7 @@ def test_state_goes_on_bit_for_bit(split, model, cpu):
         train(state, split, cpu, settings)
         state.epoch += 1
     saved = copy.deepcopy(broken.state_dict())
-    fresh = state_of(build_model(ModelSettings(width=4), 4), cpu, settings, total=12)
+    fresh = state_of(build_model(ModelSettings(width=4, depth=3), 4), cpu, settings, total=12)
     fresh.load_state_dict(saved)
     for state in (straight, fresh):
         train(state, split, cpu, settings)
