@@ -621,7 +621,7 @@ def logits_with_tta(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> tu
     for shift, mirror in itertools.product((0, -1, 1), (False, True) if flip else (False,)):
         down = torch.full((len(chosen),), shift, device=images.device)
         views.append(move_pixels(chosen, down, down, torch.full_like(down, mirror, dtype=torch.bool)))
-    # Few images: all views at once, at width 64 3.2 ms against 7.5 for a photo. More than fit the caches take longer so.
+    # Few images: all views at once, at width 64 3.2 ms against 7.5 for a photo. More than fit the caches take longer.
     pieces = torch.cat(views[1:]).split(max(len(images), PREDICTION_BATCH))
     others = torch.cat([net(piece).float() for piece in pieces]).unflatten(0, (-1, len(chosen)))
     return plain, plain.index_copy(0, unsure, torch.cat([plain[None, unsure], others]).mean(0))
