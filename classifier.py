@@ -429,6 +429,8 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_world_size)
+        if world_size > 1:              # gloo's threads that still hold a Python tensor when Python ends abort the
+            dist.barrier()              # process (pytorch/pytorch#179291); meanwhile they let go
     finally:
         if world_size > 1:
             dist.destroy_process_group()

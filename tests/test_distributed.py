@@ -59,6 +59,27 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+LEAVE = '''
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+import classifier as c
+with c.open_runtime(c.RunSettings(device="cpu")) as runtime:
+    runtime.sum(torch.ones(3))
+    time.sleep(2 * runtime.is_main)
+    done = time.time()
+print(runtime.rank, done, time.time())
+'''
+
+
+def test_processes_leave_together(tmp_path):
+    (tmp_path / "leave.py").write_text(LEAVE)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "leave.py", str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    main, other = (list(map(float, line.split()[1:])) for line in sorted(done.stdout.splitlines()))
+    assert other[0] < main[0] - 1 and other[1] >= main[0]
+
+
 def test_predict_says_that_it_runs_in_one_process(tmp_path, trained):
     done = torchrun(tmp_path, "--mode", "predict", "--model-path", str(trained), "--image", "x.png")
     assert done.returncode != 0 and "runs in one process" in done.stderr
