@@ -124,6 +124,10 @@ class TrainSettings:
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
     shift: int = setting(3, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
     cutout: int = setting(8, "side of the gray square laid on each training image; 0: none", least=0, most=IMAGE_SIZE)
+    letterbox_share: float = setting(0.2, "share of the training images shown between gray bars, as photos come",
+                                     least=0.0, most=1.0)
+    temperature: float = setting(0.5, "divides the logits before they become confidences; with --holdout fitted there",
+                                 above=0.0)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
     repeats: int = setting(1, "train this many seeds; the first seed's model is saved", least=1)
     resume: bool = setting(False, "go on from an interrupted run of the same --model-path")
@@ -945,6 +949,22 @@ def shrink(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
 
+def zoom_out(images: Tensor, share: float, host: torch.Generator) -> Tensor:
+    """Uint8 images (N, 3, S, S), the first `share` of them as photos come through the letterbox.
+
+    Half of these as wide pictures, half as tall ones: shrunk, cropped to their short side, carried on by reflection
+    along the long one, between gray bars. One size for each half, drawn on the host: a device's number is waited for.
+    """
+    images, count = images.clone(), int(share * len(images) / 2)
+    for part in (images[:count], images[count:2 * count].transpose(2, 3)) if count else ():
+        height, side = sorted((2 * torch.randint(IMAGE_SIZE // 4, IMAGE_SIZE // 2 + 1, (2,), generator=host)).tolist())
+        top = int(torch.randint(side - height + 1, (), generator=host))
+        margin, bar = (IMAGE_SIZE - side) // 2, (IMAGE_SIZE - height) // 2
+        wide = F.pad(shrink(part, side)[:, :, top:top + height].float(), (margin, margin, 0, 0), mode="reflect")
+        part.copy_(F.pad(wide, (0, 0, bar, bar), value=LETTERBOX_GRAY[0]).round())
+    return images
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain dicts that `torch.load(weights_only=True)` reads. Knows neither DDP nor compile.
 # ------------------------------------------------------------------------------------------------------------
@@ -1005,7 +1025,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any
 
 
 def save_model(path: Path, model: CifarNet, data: ImageData, mirrors: bool, config: Config,
-               metrics: dict[str, Any]) -> None:
+               temperature: float, metrics: dict[str, Any]) -> None:
     """The model file: weights of the bare network and all that is needed to use it without any flag."""
     save_atomically({
         "format_version": MODEL_FORMAT,
@@ -1016,7 +1036,7 @@ def save_model(path: Path, model: CifarNet, data: ImageData, mirrors: bool, conf
         "mirrors": mirrors,
         "pixel_mean": model.pixel_mean.flatten().tolist(),
         "pixel_std": model.pixel_std.flatten().tolist(),
-        "temperature": 1.0,
+        "temperature": temperature,
         "metrics": metrics,
         "settings": {name: loggable(value) for name, value in config.flat().items()},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -1078,13 +1098,13 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
                 "train_seconds": "time/train_s", "evaluation_seconds": "time/eval_s", "total_seconds": "time/total_s",
                 "compile_seconds": "time/compile_s", "train_images_per_second": "speed/train_img_s",
                 "peak_memory_so_far_mb": "memory/so_far_mb", "data_wait": "data/wait_s",
-                "ece": "calibration/ece", "skipped_updates": "train/skipped"}
+                "ece": "calibration/ece", "temperature": "calibration/temperature", "skipped_updates": "train/skipped"}
 RUN_NAME_PARTS = {"width": "w", "depth": "d", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x",
                   "epochs": "e", "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
                   "head_lr": "head", "head_momentum": "hm", "bias_lr": "bias", "weight_decay": "wd",
                   "label_smoothing": "ls", "start_size": "px", "hard_share": "hard", "drawn_share": "drawn",
-                  "freeze_after": "fr", "flip": "flip", "shift": "shift", "cutout": "cut", "holdout": "hold",
-                  "limit_images": "n", "num_workers": "j"}
+                  "freeze_after": "fr", "flip": "flip", "shift": "shift", "cutout": "cut", "letterbox_share": "box",
+                  "temperature": "t", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1677,11 +1697,13 @@ def train_epoch(state: TrainState, batches: Iterable, count: int, settings: Trai
         state.freeze_first_stage()
     state.replica.train()
     meter, generator = Meter(), epoch_generator(seed, state.epoch, 1 + runtime.rank, runtime.device)
+    host = epoch_generator(seed, state.epoch, 1 + runtime.rank)
     seen = torch.zeros_like(state.losses)
     started = time.perf_counter()
     for batch, share, closes in accumulation_windows(meter.timed(batches), count, settings.accumulate_grad_steps):
         images, labels, indices = runtime.move(*batch)
         images = augment(images, indices, state.epoch, generator, mirrors, settings.shift, settings.cutout)
+        images = zoom_out(images, settings.letterbox_share, host)
         images = shrink(images, image_size(state.share_done(), settings))
         with no_sync(state.replica, skip=not closes):
             with runtime.autocast():
@@ -1712,25 +1734,33 @@ class Evaluation(NamedTuple):
     accuracy: float
     accuracy_tta: float | None
     ece: float
+    temperature: float
     confusion: Tensor
     seconds: float
 
     def record(self, prefix: str) -> dict[str, float | None]:
         return {f"{prefix}_accuracy": self.accuracy, f"{prefix}_accuracy_tta": self.accuracy_tta,
-                f"{prefix}_loss": self.loss, "ece": self.ece}
+                f"{prefix}_loss": self.loss, "ece": self.ece, "temperature": self.temperature}
 
     def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
         shares = self.confusion.diag() / self.confusion.sum(1).clamp(min=1)
         return dict(zip(class_names, shares.tolist()))
 
 
+def fit_temperature(logits: Tensor, labels: Tensor, runtime: Runtime) -> float:
+    """What all processes' logits (N, classes) are to be divided by for the least loss (Guo 2017, arXiv:1706.04599)."""
+    tried = torch.logspace(-1, 1, 201)                             # in steps of 2 %
+    losses = torch.stack([F.cross_entropy(logits / each, labels, reduction="sum") for each in tried])
+    return float(tried[runtime.sum(losses.to(runtime.device)).argmin()])
+
+
 @torch.inference_mode()
 def evaluate(net: nn.Module, split: Split, classes: int, runtime: Runtime, tta: bool, mirrors: bool,
-             temperature: float = 1.0) -> Evaluation:
+             temperature: float | None = None) -> Evaluation:
     """`net` on each image of `split` once, however many processes share them.
 
     The loss is of the plain view without smoothing or temperature; the expected calibration error is of the
-    answer that predict would give (with `tta` and `temperature`), over 15 equal bins of confidence.
+    answer that predict would give (with `tta` and `temperature`, None: fitted here), over 15 equal bins of confidence.
     """
     started = time.perf_counter()
     net.eval()
@@ -1746,6 +1776,7 @@ def evaluate(net: nn.Module, split: Split, classes: int, runtime: Runtime, tta: 
     logits, truth = torch.cat(plain), torch.cat(labels)                                      # (N, classes), (N,)
     loss = F.cross_entropy(logits, truth, reduction="sum")
     confusion = torch.bincount(truth * classes + logits.argmax(1), minlength=classes * classes)
+    temperature = temperature or fit_temperature(torch.cat(answers), truth, runtime)
     confidence, answer = (torch.cat(answers) / temperature).softmax(1).max(1)
     correct = (answer == truth).float()
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
@@ -1755,8 +1786,8 @@ def evaluate(net: nn.Module, split: Split, classes: int, runtime: Runtime, tta: 
     count = float(table.sum())
     return Evaluation(loss=float(sums[0]) / count, accuracy=float(table.diag().sum()) / count,
                       accuracy_tta=float(sums[1]) / count if tta else None,
-                      ece=float(sums[2:2 + CALIBRATION_BINS].abs().sum()) / count, confusion=table,
-                      seconds=time.perf_counter() - started)
+                      ece=float(sums[2:2 + CALIBRATION_BINS].abs().sum()) / count, temperature=temperature,
+                      confusion=table, seconds=time.perf_counter() - started)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1996,7 +2027,7 @@ def evaluate_training(training: Training, config: Config, data: ImageData, runti
     state = training.state
     last = state.epoch == config.train.epochs
     evaluation = evaluate(state.model, data.evaluation, len(data.class_names), runtime, last and config.prediction.tta,
-                          training.mirrors)
+                          training.mirrors, None if config.data.holdout else config.train.temperature)
     if not math.isfinite(evaluation.loss):
         raise UserError(f"the loss on the {data.evaluation_name} images is not finite after epoch {state.epoch}: try a "
                         f"lower --lr or --no-amp")
@@ -2063,7 +2094,7 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
             "peak_memory_mb": runtime.peak_memory_mb()}
         text = f"{headline(evaluation, name)} after {epochs} epochs in {duration(result['train_seconds'])}"
         if keep:
-            save_model(config.model_path, state.model, data, training.mirrors, config, result)
+            save_model(config.model_path, state.model, data, training.mirrors, config, evaluation.temperature, result)
             resume.path.unlink(missing_ok=True)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
         tracker.log_outcome(f"**{text}**", evaluation_files(evaluation.confusion, evaluation.per_class(
@@ -2317,8 +2348,8 @@ def training_case(case: Case, config: Config, data: ImageData) -> tuple[Callable
               DataLoader(UsualImages(split, settings.shift), batch_sampler=sampler, **options))
     state = TrainState(model, net, build_optimizer(model, settings, settings.batch_size), 10 ** 6,
                        len(split), case.runtime)
-    same_work = replace(settings, cutout=0, shift=settings.shift * ours,       # the usual pipeline has shifted before
-                        start_size=IMAGE_SIZE)
+    # The usual pipeline has shifted before.
+    same_work = replace(settings, shift=settings.shift * ours, cutout=0, letterbox_share=0.0, start_size=IMAGE_SIZE)
     return functools.partial(train_epoch, state, loader, len(sampler), same_work, config.run.seed,
                              ours and data.mirrors, case.runtime), report
 
@@ -2384,7 +2415,7 @@ def benchmark_inference(config: Config, data: ImageData, runtime: Runtime) -> li
         file, photo, large = (Path(folder, name) for name in ("model.pth", "photo.jpg", "large.jpg"))
         save_photo(photo, 500, 375)
         save_photo(large, 4000, 3000)
-        save_model(file, model, data, data.mirrors, config, {})
+        save_model(file, model, data, data.mirrors, config, 1.0, {})
         saved, nets = load_model(file), {}
         for case in benchmark_cases(config.run, runtime):
             if case.name != "data_loading":

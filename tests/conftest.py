@@ -82,7 +82,8 @@ def tiny_cifar(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """A model file of digits, trained for a moment."""
     path = tmp_path_factory.mktemp("trained") / "model.pth"
-    assert classifier.main(["--mode", "train", *TINY, "--epochs", "15", "--cutout", "0", "--model-path", str(path)]) == 0
+    assert classifier.main(["--mode", "train", *TINY, "--epochs", "15", "--cutout", "0", "--letterbox-share", "0",
+                            "--model-path", str(path)]) == 0
     return path
 
 

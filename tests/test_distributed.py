@@ -47,7 +47,8 @@ sys.exit(c.main(sys.argv[2:]))
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     (tmp_path / "equal.py").write_text(EQUAL)
-    flags = [*TINY, "--no-amp", "--shift", "0", "--cutout", "0", "--no-flip", "--eval-every", "0", "--lr", "0.01"]
+    flags = [*TINY, "--no-amp", "--shift", "0", "--cutout", "0", "--letterbox-share", "0", "--no-flip",
+             "--eval-every", "0", "--lr", "0.01"]
     python = [sys.executable]
     two = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for start, batch, name in ((python, "64", "one.pth"), (two, "32", "two.pth")):

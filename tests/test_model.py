@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import classifier
 from classifier import (ModelSettings, augment, build_model, cut_out, epoch_generator, logits_with_tta, move_pixels,
-                        pixel_statistics)
+                        pixel_statistics, zoom_out)
 
 
 @pytest.fixture
@@ -119,6 +119,34 @@ def test_cutout_is_one_gray_square_in_each_image():
     assert torch.equal(gray[:, 0].sum((1, 2)), rows * columns)                  # filled rectangles
     assert rows.min() >= 4 and rows.max() == 8 and columns.max() == 8
     assert gray[:, 0].any(0).all()                                              # everywhere sooner or later
+
+
+def test_zoomed_out_images_look_like_letterboxed_pictures():
+    images = torch.full((40, 3, 32, 32), 200, dtype=torch.uint8)
+    host, heights = epoch_generator(0, 0), set()
+    for _ in range(200):
+        shown = zoom_out(images, 0.5, host)
+        assert torch.equal(shown[20:], images[20:]) and (images == 200).all()   # the others, and the originals, as before
+        wide, tall = shown[:10], shown[10:20]
+        assert {len(half.unique(dim=0)) for half in (wide, tall)} == {1}        # one size a half
+        for picture in (wide[0], tall[0].transpose(1, 2)):
+            rows = (picture == 200).all(0)
+            assert torch.equal(rows, rows[:, :1].expand(32, 32))                # whole rows are picture or
+            assert (picture[:, ~rows[:, 0]] == 128).all()                       # bar, as many above as below
+            assert torch.equal(rows, rows.flip(0))
+            heights.add(int(rows[:, 0].sum()))
+    assert heights == set(range(16, 33, 2))
+
+
+def test_zooming_out_shrinks_all_of_the_image_or_crops_it():
+    ramp = torch.arange(32, dtype=torch.uint8).expand(4, 3, 32, 32) * 4
+    slopes = set()
+    for seed in range(100):
+        wide = zoom_out(ramp, 0.5, epoch_generator(seed, 0))[0]
+        row = wide[0, 16].float()
+        slopes.add(round(float(row[19] - row[12]) / 28, 1))
+        assert abs(float(row[15] + row[16]) / 2 - 62) <= 1                      # its middle stays in the middle
+    assert min(slopes) == 1.0 and max(slopes) >= 1.7                            # from whole size to half
 
 
 def test_views(model, images, monkeypatch):

@@ -122,7 +122,7 @@ def test_compiled_training_in_bfloat16_follows_eager_training(cli):
     import json
 
     from conftest import TINY
-    flags = ["--mode", "train", *TINY, "--epochs", "1", "--amp", "--json", "--cutout", "0"]
+    flags = ["--mode", "train", *TINY, "--epochs", "1", "--amp", "--json", "--cutout", "0", "--letterbox-share", "0"]
     eager, compiled = (cli(*flags, *more) for more in ([], ["--compile"]))
     assert compiled.returncode == 0 and "compiled: True" in compiled.stderr, compiled.stderr
     losses = [json.loads(done.stdout.splitlines()[0])["train_loss"] for done in (eager, compiled)]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import classifier
 from classifier import (REFERENCE_BATCH, BatchSampler, Meter, ModelSettings, Muon, Runtime, Split, TrainSettings,
                         TrainState, UserError, accumulation_windows, build_loader, build_model, build_optimizer,
-                        evaluate, image_size, images_of_epoch, loader_options, orthogonalize, pixel_statistics, shrink,
-                        train_epoch)
+                        evaluate, fit_temperature, image_size, images_of_epoch, loader_options, orthogonalize,
+                        pixel_statistics, shrink, train_epoch)
 
-PLAIN = TrainSettings(shift=0, flip=False, cutout=0, start_size=32, hard_share=1.0)
+PLAIN = TrainSettings(shift=0, flip=False, cutout=0, letterbox_share=0, start_size=32, hard_share=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +293,19 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
     np.add.at(expected, (truth, plain), 1)
     np.testing.assert_array_equal(found.confusion, expected)
     assert found.per_class(tuple("abcd"))["b"] == pytest.approx(expected[1, 1] / 24)
+
+
+def test_fitted_temperature_has_the_least_loss_and_undoes_a_scale(cpu):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20_000, 5, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()      # calibrated by construction
+    for scale in (0.3, 1.0, 4.0):
+        assert fit_temperature(scale * logits, labels, cpu) == pytest.approx(scale, rel=0.05)
+    model = torch.nn.Flatten()                                                           # pixels are its logits
+    split = Split((logits - logits.min()).mul(8).round().byte()[:, :, None, None], labels)
+    found = evaluate(model, split, 5, cpu, tta=False, mirrors=False)
+    assert found.temperature == pytest.approx(8, rel=0.05) and found.ece < 0.01
+    assert evaluate(model, split, 5, cpu, tta=False, mirrors=False, temperature=1.0).ece > 0.1
 
 
 def test_state_goes_on_bit_for_bit(split, model, cpu):
