@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import classifier
-from classifier import UserError, cached_model, load_data, predict
+from classifier import UserError, cached_model, letterbox, load_data, predict, to_pixels
 from test_pixels import bomb, encoded, noise
 
 
@@ -81,6 +81,23 @@ def test_a_data_set_image_through_predict_equals_evaluate(trained, digits, cpu):
     for answer, row in zip(answers, expected):
         by_name = dict(answer.top)
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], row, atol=1e-6)
+
+
+def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_crops(trained):
+    photo, predictor = Image.open(io.BytesIO(encoded(noise(200, 100)))), cached_model(trained)
+    views = [letterbox(photo), photo.resize((32, 32), Image.Resampling.LANCZOS, (50, 0, 150, 100)),
+             photo.resize((32, 32), Image.Resampling.LANCZOS, (65, 15, 135, 85))]
+    each = predictor.probabilities(torch.stack([to_pixels(view) for view in views]), tta=True)
+    assert not torch.allclose(each[0], each[1], atol=1e-3)
+    for tta, expected in ((True, each.mean(0)), (False, predictor.probabilities(to_pixels(views[0])[None], False)[0])):
+        by_name = dict(predict(photo, model_path=trained, top_k=10, tta=tta)[0].top)
+        np.testing.assert_allclose([by_name[name] for name in "0123456789"], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("size, expected", [((32, 32), 1), ((500, 32), 1), ((33, 40), 2), ((46, 50), 3)])
+def test_no_crop_is_enlarged(size, expected):
+    found = list(classifier.framings(Image.new("RGB", size), True))
+    assert len(found) == expected and {each.size for each in found} == {(32, 32)}
 
 
 def test_batch_equals_singles(trained, digits):

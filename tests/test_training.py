@@ -175,6 +175,12 @@ def test_with_none_drawn_an_epoch_is_of_the_hardest(model, cpu):
     assert torch.equal(chosen, state.losses.topk(32).indices) and (state.image_weights[chosen] == 1).all()
 
 
+def test_images_between_bars_keep_their_last_loss(split, model, cpu):
+    state = state_of(model, cpu)
+    train(state, split, cpu, replace(PLAIN, letterbox_share=0.25))
+    assert state.losses.isinf().sum() == 6 * 4                                           # their bars made them harder
+
+
 def test_the_first_stage_is_frozen_late(split, model, cpu):
     settings = replace(PLAIN, freeze_after=0.5)
     state = state_of(model, cpu, total=12)                                               # two epochs of six updates
