@@ -498,7 +498,8 @@ def distribute(net: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return net
     # Buffers stay per process in training; `share_buffers` averages them before evaluating and saving.
-    return DistributedDataParallel(net, broadcast_buffers=False)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):     # torch 2.15 calls it deprecated, 2.6
+        return DistributedDataParallel(net, broadcast_buffers=False)           # does not know what is to replace it
 
 
 def share_buffers(model: nn.Module, runtime: Runtime) -> None:
