@@ -116,10 +116,8 @@ class TrainSettings:
     label_smoothing: float = setting(0.2, "share of the target given to all classes", least=0.0, most=0.9)
     start_size: int = setting(20, "side of the images in the first 0.3 of the updates; whole in the last 0.4",
                               least=16, most=IMAGE_SIZE)
-    hard_share: float = setting(0.4, "each epoch leaves out more of the images with less loss, down to this share of "
-                                "all images", above=0.0, most=1.0)
-    drawn_share: float = setting(0.5, "share of an epoch's images that is drawn of those with less loss and counts for "
-                                 "all of them; 0 suits short trainings", least=0.0, most=1.0)
+    hard_share: float = setting(0.4, "each epoch leaves out more of the images with the least loss, down to this share "
+                                "of all images", above=0.0, most=1.0)
     freeze_after: float = setting(0.6, "share of the updates after which the first stage, a quarter of the time, stays "
                                   "as it is", least=0.0, most=1.0)
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
@@ -1115,9 +1113,9 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
 RUN_NAME_PARTS = {"width": "w", "depth": "d", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x",
                   "epochs": "e", "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
                   "head_lr": "head", "head_momentum": "hm", "bias_lr": "bias", "weight_decay": "wd",
-                  "label_smoothing": "ls", "start_size": "px", "hard_share": "hard", "drawn_share": "drawn",
-                  "freeze_after": "fr", "flip": "flip", "shift": "shift", "cutout": "cut", "letterbox_share": "box",
-                  "temperature": "t", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
+                  "label_smoothing": "ls", "start_size": "px", "hard_share": "hard", "freeze_after": "fr",
+                  "flip": "flip", "shift": "shift", "cutout": "cut", "letterbox_share": "box", "temperature": "t",
+                  "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1615,9 +1613,9 @@ class Meter:
                 return
             yield batch
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.losses.append(loss.detach() * len(labels))
-        self.correct.append(((logits.argmax(1) == labels) * weights).sum())
+        self.correct.append((logits.argmax(1) == labels).sum())
         self.images += len(labels)
 
     def first_bad(self) -> int | None:
@@ -1627,7 +1625,7 @@ class Meter:
 
     def result(self, runtime: Runtime) -> dict[str, float]:
         """Means over the images of all processes."""
-        sums = torch.stack([torch.stack(self.losses).sum(), torch.stack(self.correct).sum(),
+        sums = torch.stack([torch.stack(self.losses).sum(), torch.stack(self.correct).sum().float(),
                             torch.tensor(float(self.images), device=self.losses[0].device)])
         loss, correct, images = runtime.sum(sums).tolist()
         return {"train_loss": loss / images, "train_accuracy": correct / images, "images": images}
@@ -1635,15 +1633,13 @@ class Meter:
 
 class TrainState:
     """What training changes: weights, optimizer, scaler, where in the schedule it stands (`total` updates), and the
-    loss of each training image when it was last seen. `image_weights` say for how many others it stands in this epoch.
-    """
+    loss of each training image when it was last seen."""
 
     def __init__(self, model: nn.Module, replica: nn.Module, optimizer: Muon, total: int, images: int,
                  runtime: Runtime) -> None:
         self.model, self.replica, self.optimizer, self.total, self.runtime = model, replica, optimizer, total, runtime
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
         self.losses = torch.full((images,), math.inf, device=runtime.device)
-        self.image_weights = torch.ones(images, device=runtime.device)
         self.epoch = self.updates = self.skipped = 0
         self.lr = 0.0
 
@@ -1683,19 +1679,9 @@ class TrainState:
         if isinstance(self.replica, DistributedDataParallel):
             self.replica = distribute(self.replica.module, self.runtime)
 
-    def choose(self, count: int, drawn_share: float, generator: torch.Generator) -> Tensor:
-        """Indices of the epoch's `count` images: those with the greatest losses, and a share drawn of all the others.
-
-        The drawn ones stand for all the others, so that the mean gradient stays that of all images (after InfoBatch,
-        arXiv:2303.04947): weights of mean 1 over the chosen. With none drawn the epoch is of the hardest alone.
-        """
-        order, drawn = self.losses.argsort(descending=True, stable=True), int(count * drawn_share)
-        hardest, others = order.tensor_split([count - drawn])
-        chosen = torch.cat([hardest, others[torch.randperm(len(others), generator=generator)[:drawn].to(order.device)]])
-        weights = torch.ones(count, device=order.device)
-        weights[len(hardest):] = len(others) / max(1, drawn)
-        self.image_weights[chosen] = weights / weights.mean()
-        return chosen.cpu()
+    def hardest(self, count: int) -> Tensor:
+        """Indices of the `count` images with the greatest losses."""
+        return self.losses.argsort(descending=True, stable=True)[:count].cpu()
 
 
 def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
@@ -1723,11 +1709,10 @@ def train_epoch(state: TrainState, batches: Iterable, count: int, settings: Trai
             with runtime.autocast():
                 logits = state.replica(images)                                               # (N, classes)
                 losses = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="none")
-            weights = state.image_weights[indices]
-            loss = (losses * weights).mean()
+            loss = losses.mean()
             state.scaler.scale(loss * share).backward()
         seen[indices[zoomed:]] = losses[zoomed:].detach().float()                            # bars make an image harder
-        meter.add(loss, logits, labels, weights)                                             # on the device: no wait
+        meter.add(loss, logits, labels)                                                      # on the device: no wait
         if closes:
             state.update()
     seen = runtime.sum(seen)                                       # each process saw others
@@ -2054,8 +2039,7 @@ def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runt
     """Train one epoch and, where one is due, evaluate."""
     state, name, epochs = training.state, data.evaluation_name, config.train.epochs
     training.sampler.epoch = state.epoch
-    training.sampler.chosen = state.choose(images_of_epoch(state.epoch, config.train, len(data.train)),
-                                           config.train.drawn_share, epoch_generator(config.run.seed, state.epoch))
+    training.sampler.chosen = state.hardest(images_of_epoch(state.epoch, config.train, len(data.train)))
     bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}", runtime)
     record = {"epoch": state.epoch + 1} | train_epoch(state, bar, len(training.sampler), config.train, config.run.seed,
                                                       training.mirrors, runtime)
