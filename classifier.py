@@ -123,7 +123,7 @@ class TrainSettings:
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
     shift: int = setting(3, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
     cutout: int = setting(8, "side of the gray square laid on each training image; 0: none", least=0, most=IMAGE_SIZE)
-    letterbox_share: float = setting(0.2, "share of the training images shown between gray bars, as photos come",
+    letterbox_share: float = setting(0.1, "share of the training images shown between gray bars, as photos come",
                                      least=0.0, most=1.0)
     temperature: float = setting(0.54, "divides the logits before they become confidences; with --holdout fitted there",
                                  above=0.0)
