@@ -69,7 +69,7 @@ TTA_MARGIN = 2.0                   # on 5,000 held-out images 27 % were below, a
 PREDICTION_BATCH = 64              # pictures in memory at once
 SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-MODEL_FORMAT = 2                   # raise it when an older file can no longer be read
+MODEL_FORMAT = 3                   # raise it when an older file can no longer be read
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class TrainSettings:
     hard_share: float = setting(0.4, "each epoch leaves out more of the images with the least loss, down to this share "
                                 "of all images", above=0.0, most=1.0)
     freeze_after: float = setting(0.6, "share of the updates after which the first stage, a quarter of the time, stays "
-                                  "as it is", least=0.0, most=1.0)
+                                  "as it is; the stem's bias after half of that", least=0.0, most=1.0)
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
     shift: int = setting(3, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
     cutout: int = setting(8, "side of the gray square laid on each training image; 0: none", least=0, most=IMAGE_SIZE)
@@ -573,14 +573,15 @@ class CifarNet(nn.Module):
     def __init__(self, settings: ModelSettings, classes: int, statistics: PixelStatistics | None) -> None:
         super().__init__()
         width, depth = settings.width, settings.depth
-        self.stem = nn.Conv2d(3, 24, 2, bias=False)
+        self.stem = nn.Conv2d(3, 24, 2)
         self.blocks = nn.Sequential(ConvBlock(24, width, depth), ConvBlock(width, 4 * width, depth),
                                     ConvBlock(4 * width, 4 * width, depth))
         self.head = nn.Linear(4 * width, classes, bias=False)
         mean, std, whitening = statistics or (torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2))
         self.register_buffer("pixel_mean", mean.view(3, 1, 1))
         self.register_buffer("pixel_std", std.view(3, 1, 1))
-        self.stem.weight = nn.Parameter(whitening, requires_grad=False)        # nor a bias: no gradient goes down here
+        self.stem.weight = nn.Parameter(whitening, requires_grad=False)
+        nn.init.zeros_(self.stem.bias)
         nn.init.normal_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:                   # uint8 (N, 3, 32, 32)
@@ -1673,11 +1674,13 @@ class TrainState:
         self.losses.copy_(state["losses"])
         self.epoch, self.updates, self.skipped = state["epoch"], state["updates"], state["skipped"]
 
-    def freeze_first_stage(self) -> None:
-        """No gradients for it from now on, on which several processes must agree anew."""
-        self.model.blocks[0].requires_grad_(False)
-        if isinstance(self.replica, DistributedDataParallel):
-            self.replica = distribute(self.replica.module, self.runtime)
+    def freeze(self, freeze_after: float) -> None:
+        """No gradients for the lowest layers once their time is over, on which several processes must agree anew."""
+        for layer, after in ((self.model.stem, freeze_after / 2), (self.model.blocks[0], freeze_after)):
+            if self.share_done() >= after and any(each.requires_grad for each in layer.parameters()):
+                layer.requires_grad_(False)
+                if isinstance(self.replica, DistributedDataParallel):
+                    self.replica = distribute(self.replica.module, self.runtime)
 
     def hardest(self, count: int) -> Tensor:
         """Indices of the `count` images with the greatest losses."""
@@ -1692,8 +1695,7 @@ def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager
 def train_epoch(state: TrainState, batches: Iterable, count: int, settings: TrainSettings, seed: int, mirrors: bool,
                 runtime: Runtime) -> dict[str, float]:
     """One pass over `count` training batches; means over all processes."""
-    if state.share_done() >= settings.freeze_after and state.model.blocks[0].convs[0].weight.requires_grad:
-        state.freeze_first_stage()
+    state.freeze(settings.freeze_after)
     state.replica.train()
     meter, generator = Meter(), epoch_generator(seed, state.epoch, 1 + runtime.rank, runtime.device)
     host = epoch_generator(seed, state.epoch, 1 + runtime.rank)

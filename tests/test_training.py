@@ -60,7 +60,7 @@ def test_accumulation_equals_the_big_batch(split, model, cpu):
     for net, batch_size, steps in ((big, 48, 1), (small, 12, 4)):
         train(state_of(net, cpu), split, cpu, replace(PLAIN, accumulate_grad_steps=steps), batch_size)
     for name, tensor in big.state_dict().items():
-        torch.testing.assert_close(small.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(small.state_dict()[name], tensor, atol=5e-6, rtol=1e-5)
 
 
 def test_a_short_last_window_is_a_whole_update(split, model, cpu):
@@ -161,15 +161,15 @@ def test_images_between_bars_keep_their_last_loss(split, model, cpu):
     assert state.losses.isinf().sum() == 6 * 4                                           # their bars made them harder
 
 
-def test_the_first_stage_is_frozen_late(split, model, cpu):
+def test_the_lowest_layers_are_frozen_late(split, model, cpu):
     settings = replace(PLAIN, freeze_after=0.5)
     state = state_of(model, cpu, total=12)                                               # two epochs of six updates
     for trained in (True, False):
         before = copy.deepcopy(model.state_dict())
         train(state, split, cpu, settings)
         state.epoch += 1
-        for block, changes in ((0, trained), (1, True)):
-            name = f"blocks.{block}.convs.0.weight"
+        for name, changes in (("stem.bias", trained), ("blocks.0.convs.0.weight", trained),
+                              ("blocks.1.convs.0.weight", True)):
             assert torch.equal(before[name], model.state_dict()[name]) != changes
 
 
