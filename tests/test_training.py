@@ -161,6 +161,13 @@ def test_images_between_bars_keep_their_last_loss(split, model, cpu):
     assert state.losses.isinf().sum() == 6 * 4                                           # their bars made them harder
 
 
+@pytest.mark.parametrize("batch_size,expected", [(1, 0), (4, 0.1 * 96)])
+def test_small_batches_have_bars_too(split, model, cpu, batch_size, expected):
+    state = state_of(model, cpu)
+    train(state, split, cpu, replace(PLAIN, letterbox_share=0.1), batch_size)
+    assert state.losses.isinf().sum() == pytest.approx(expected, abs=8)
+
+
 def test_the_lowest_layers_are_frozen_late(split, model, cpu):
     settings = replace(PLAIN, freeze_after=0.5)
     state = state_of(model, cpu, total=12)                                               # two epochs of six updates
