@@ -1704,8 +1704,8 @@ def train_epoch(state: TrainState, batches: Iterable, count: int, settings: Trai
     for batch, share, closes in accumulation_windows(meter.timed(batches), count, settings.accumulate_grad_steps):
         images, labels, indices = runtime.move(*batch)
         images = augment(images, indices, state.epoch, generator, mirrors, settings.shift, settings.cutout)
-        pairs = settings.letterbox_share * len(images) / 2 + float(torch.rand((), generator=host))     # right on average
-        zoomed = 2 * min(int(pairs), len(images) // 2)
+        pairs = settings.letterbox_share * len(images) / 2 + float(torch.rand((), generator=host))
+        zoomed = 2 * min(int(pairs), len(images) // 2)                                       # on average that share
         images = zoom_out(images, zoomed, host) if zoomed else images
         images = shrink(images, image_size(state.share_done(), settings))
         with no_sync(state.replica, skip=not closes):
