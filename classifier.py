@@ -37,6 +37,7 @@ import re
 import shlex
 import signal
 import socket
+import stat
 import statistics
 import sys
 import tempfile
@@ -44,7 +45,9 @@ import threading
 import time
 import urllib.parse
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -53,7 +56,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -64,9 +67,11 @@ LETTERBOX_GRAY = (128, 128, 128)   # the brief's neutral gray
 REFERENCE_BATCH = 128              # the effective batch that learning rates and momentum are meant for
 EVALUATION_BATCH = 250             # divides 10,000, so compiled evaluation sees one shape; 500 takes 1.3 times as long
 CALIBRATION_BINS = 15              # as in Guo et al. 2017, arXiv:1706.04599
-CENTRE_CROPS = (0.0, 0.15)         # what is cut off each side of the square in the middle of a photo: TTA averages them
+SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))              # see `framings`
+CENTRE_SQUARES = (1.0, 0.85)       # sides of the squares in the middle of a photo that TTA adds, in its short sides
+MAX_PIXELS = 40_000_000            # of a picture as decoded, which for a big JPEG is a fraction: about 1 s and 500 MB
 TTA_MARGIN = 2.0                   # on 5,000 held-out images 27 % were below, and the accuracy that of averaging all
-PREDICTION_BATCH = 64              # pictures in memory at once
+PREDICTION_BATCH = 64              # pictures a call of the network; as many more are decoded meanwhile
 SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 MODEL_FORMAT = 3                   # raise it when an older file can no longer be read
@@ -159,7 +164,9 @@ class PredictSettings:
     image: tuple[str, ...] = setting((), "pictures to classify: files, folders, globs, - for paths on stdin")
     top_k: int = setting(3, "how many classes to name", least=1)
     threshold: float = setting(0.0, "answer `unknown` below this confidence", least=0.0, most=1.0)
-    tta: bool = setting(True, "average over mirrored and shifted views")
+    tta: bool = setting(True, "average over views: mirrored and shifted, of photos also squares of the middle")
+    save_inputs: str | None = setting(None, "write the 32x32 pictures that the network saw to this folder "
+                                            "(auto: nowhere)")
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,10 @@ def redact(text: str) -> str:
     """`text` with the passwords and queries of its URLs replaced: it goes to logs, parameters and files."""
     text = re.sub(r"://(?:[^/@\s:]*:[^@\s'\"]*|[^/@\s]*)@", "://***@", text)          # a password may hold a slash
     return re.sub(r"(://[^\s?#]*)\?[^\s'\"]*", r"\1?***", text)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def loggable(value: Any) -> Any:
@@ -640,28 +651,47 @@ def logits_with_tta(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> tu
 # Pixels: from anybody's picture to the 32x32 that the network sees. Knows neither model nor settings.
 # ------------------------------------------------------------------------------------------------------------
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, transparency laid on the letterbox's gray, 16 bits scaled to 8, as RGB."""
+    """Turned as its EXIF says, transparency laid on the letterbox's gray, 16 bits scaled to 8, as RGB.
+
+    A picture far larger than needed is first averaged over whole pixels, to a longer side of 512 to 1,023.
+    """
     if 0 in image.size:
         raise ValueError("the picture has no pixels")
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"{image.width}x{image.height} pixels: more than {MAX_PIXELS // 10**6} million are not read")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):                          # Pillow's own conversion clips at 255
+    sixteen_bits = image.mode.startswith("I;16")
+    if sixteen_bits or image.mode in ("1", "P"):                   # what `reduce` does not average
+        image = image.convert("I" if sixteen_bits else "RGBA" if image.has_transparency_data else "RGB")
+    if (factor := max(image.size) // (16 * IMAGE_SIZE)) > 1:
+        image = image.reduce(factor)
+    if image.mode in ("I", "F"):                                   # Pillow's own conversion clips at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        deep = 65535 if image.mode.startswith("I;16") else values.max(initial=0)
+        deep = 65535 if sixteen_bits else values.max(initial=0)
         full = next((scale for scale in (1.0, 255.0, 65535.0) if deep <= scale), deep)
         image = Image.fromarray((values.clip(0, full) * (255 / full)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, LETTERBOX_GRAY), image.convert("RGBA"))
     return image.convert("RGB")
 
-
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """A picture as RGB. Raises `UserError` with the reason where it cannot be read."""
+    """A picture as RGB, of an animation (told by `info["animated"]`) the first.
+
+    Raises `UserError` with the reason where it cannot be read.
+    """
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
+        if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):      # a pipe may never end
+            raise UserError("a directory" if os.path.isdir(source) else "not a regular file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))    # big JPEGs: decode at a fraction of their size
-            return to_rgb(image)
+            rgb = to_rgb(image)
+            with contextlib.suppress(Exception):                   # the first picture is good whatever follows it
+                rgb.info["animated"] = getattr(image, "is_animated", False)
+            return rgb
+    except UserError:
+        raise
     except Image.UnidentifiedImageError:
         head = source[:12] if isinstance(source, bytes) else Path(source).open("rb").read(12)
         if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heif", b"mif1", b"msf1"):
@@ -684,15 +714,24 @@ def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
     return square
 
 
-def framings(image: Image.Image, tta: bool) -> Iterator[Image.Image]:
-    """What the network sees of `image` (RGB): the letterbox and, with `tta`, centre crops that need no enlarging.
+def framings(image: Image.Image, tta: bool, mirrors: bool) -> list[Image.Image]:
+    """What the network sees of `image` (RGB): the letterbox and, with `tta`, squares of its middle, the first mirrored
+    (with `mirrors`), as far as none is enlarged.
 
-    A picture of the network's own size has one framing, so that predict answers as evaluate does.
+    LANCZOS leaves a photo's finest detail with up to three times the power that it has in CIFAR-10's images, which
+    misleads a network that was trained on these. SOFTEN takes that off (0.9 to 1.1 times at every frequency).
+    A picture of the network's own size is left as it is and has one framing, so that predict answers as evaluate does.
     """
-    yield letterbox(image)
-    for border in CENTRE_CROPS if tta else ():
-        if min(image.size) * (1 - 2 * border) > IMAGE_SIZE:
-            yield ImageOps.fit(image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, border)
+    views = [letterbox(image)]
+    for share in CENTRE_SQUARES if tta else ():
+        side = min(image.size) * share
+        if side > IMAGE_SIZE:
+            left, top = ((whole - side) / 2 for whole in image.size)
+            views.append(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS,
+                                      (left, top, left + side, top + side)))
+    if mirrors and len(views) > 1:
+        views[1] = ImageOps.mirror(views[1])
+    return [view.filter(SOFTEN) for view in views] if max(image.size) > IMAGE_SIZE else views
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -1015,6 +1054,16 @@ def save_atomically(payload: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path} could not be written: {error}") from None
 
 
+def check_archive(file: Any) -> None:
+    """Raises where a file of `torch.save` is not as it was written: torch.load itself looks at no checksum."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed, which torch.save does not do")       # a bomb, maybe
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
+    file.seek(0)
+
+
 def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any]:
     """The dict in `path`; UserError where it is missing, damaged, something else or wants to run code."""
     try:
@@ -1025,9 +1074,10 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         try:
+            check_archive(file)
             payload = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:      # any: whatever the unpickler makes of foreign bytes, none of it was run
-            raise UserError(f"{path} is damaged or no file of this program ({type(error).__name__}); "
+            raise UserError(f"{path} is damaged or no file of this program ({first_line(error)}); "
                             f"nothing in it was run") from None
     if not isinstance(payload, dict) or not {"format_version", *keys} <= payload.keys():
         raise UserError(f"{path} is no file of this program")
@@ -1059,11 +1109,15 @@ def load_model(path: Path) -> SavedModel:
     """The network of a model file, in eval mode, rebuilt without any flag."""
     saved = load_checked(path, MODEL_FORMAT, ("weights", "model", "class_names", "dataset"))
     try:
-        model = build_model(ModelSettings(**saved["model"]), len(saved["class_names"]))
-        model.load_state_dict(saved["weights"])
+        settings = ModelSettings(**saved["model"])
+        if not all(f.metadata["least"] <= getattr(settings, f.name) <= f.metadata["most"] for f in fields(settings)):
+            raise ValueError(f"impossible network {settings}")
+        with torch.device("meta"):      # takes no memory, whatever size the file claims
+            model = build_model(settings, len(saved["class_names"]))
+        model.load_state_dict(saved["weights"], assign=True)
         return SavedModel(model.eval(), tuple(saved["class_names"]), saved["dataset"],
                           saved.get("mirrors", True), saved["temperature"], saved["settings"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
@@ -1174,10 +1228,6 @@ def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any],
         "run_non_blocking": runtime.device.type == "cuda",
         "run_train_images": len(data.train),
     }
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -1795,14 +1845,24 @@ def evaluate(net: nn.Module, split: Split, classes: int, runtime: Runtime, tta: 
 # ------------------------------------------------------------------------------------------------------------
 # Prediction: pictures in, answers out, from a model that is loaded once. Knows neither training nor data sets.
 # ------------------------------------------------------------------------------------------------------------
+class Seen(NamedTuple):
+    """What the network sees of a picture, uint8 (views, 3, 32, 32), or the `error` that kept it from being read."""
+    views: Tensor
+    error: str | None = None
+    animated: bool = False
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one picture, or the `error` that kept it from being read."""
+    """The answer for one picture, or the `error` that kept it from being read; `milliseconds` is its share of its
+    batch's time."""
     image: Any
     label: str | None = None
     confidence: float | None = None
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    milliseconds: float = 0.0
+    seen: Seen | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -1848,27 +1908,56 @@ def cached_model(path: str | Path, device: str = "auto", amp: bool | None = None
         return load_predictor(path, stamp, device, amp, compile)
 
 
-def classify(predictor: Predictor, sources: list[Any], top_k: int, threshold: float, tta: bool) -> list[Prediction]:
-    """One `Prediction` a source, in their order; all readable pictures go through the network as one batch."""
+def look_at(source: Any, tta: bool, mirrors: bool) -> Seen:
+    """One picture as the network sees it."""
+    try:
+        image = read_image(source)
+    except UserError as error:
+        return Seen(torch.empty(0), str(error))
+    views = torch.stack([to_pixels(view) for view in framings(image, tta, mirrors)])
+    return Seen(views, animated=image.info.get("animated", False))
+
+
+def class_shares(predictor: Predictor, seen: list[Seen], tta: bool) -> Tensor:
+    """Probabilities (N, classes): of several views the mean, of one those that evaluate would give."""
+    shares = torch.zeros(len(seen), len(predictor.saved.class_names))
+    for several in (False, True):
+        chosen = [number for number, each in enumerate(seen) if not each.error and (len(each.views) > 1) is several]
+        if chosen:
+            of_views = predictor.probabilities(torch.cat([seen[number].views for number in chosen]),
+                                               tta and not several)
+            counts = [len(seen[number].views) for number in chosen]
+            shares[chosen] = torch.stack([each.mean(0) for each in of_views.split(counts)])
+    return shares
+
+
+def classify_each(predictor: Predictor, sources: Iterable[Any], top_k: int, threshold: float, tta: bool
+                  ) -> Iterator[Prediction]:
+    """One `Prediction` a source, in their order. While the network answers a batch, threads decode the next."""
     if top_k < 1:
         raise UserError(f"top_k must be at least 1: {top_k}")
-    views: dict[int, Tensor] = {}
-    errors: dict[int, str] = {}
-    for position, source in enumerate(sources):
-        try:
-            views[position] = torch.stack([to_pixels(view) for view in framings(read_image(source), tta)])
-        except UserError as error:
-            errors[position] = str(error)
-    predictions = [Prediction(source, error=errors.get(position)) for position, source in enumerate(sources)]
-    if views:
-        names, counts = predictor.saved.class_names, [len(each) for each in views.values()]
-        of_views = predictor.probabilities(torch.cat(list(views.values())), tta)
-        best = torch.stack([each.mean(0) for each in of_views.split(counts)]).topk(min(top_k, len(names)))
-        for position, values, indices in zip(views, best.values.tolist(), best.indices.tolist()):
-            top = tuple((names[index], value) for index, value in zip(indices, values))
-            label = top[0][0] if top[0][1] >= threshold else "unknown"
-            predictions[position] = Prediction(sources[position], label, top[0][1], top)
-    return predictions
+    names = predictor.saved.class_names
+    look = functools.partial(look_at, tta=tta, mirrors=predictor.saved.mirrors)
+    remaining, started = iter(sources), time.perf_counter()
+    chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        looks = (pool.map if len(chunk) > 1 else map)(look, chunk)
+        while chunk:
+            seen, following = list(looks), list(itertools.islice(remaining, PREDICTION_BATCH))
+            looks = pool.map(look, following)
+            best = class_shares(predictor, seen, tta).topk(min(top_k, len(names)))
+            milliseconds, started = 1000 * (time.perf_counter() - started) / len(chunk), time.perf_counter()
+            for source, each, values, indices in zip(chunk, seen, best.values.tolist(), best.indices.tolist()):
+                top = tuple((names[index], value) for index, value in zip(indices, values))
+                label = top[0][0] if top[0][1] >= threshold else "unknown"
+                yield (Prediction(source, error=each.error, seen=each) if each.error else
+                       Prediction(source, label, top[0][1], top, milliseconds=milliseconds, seen=each))
+            chunk = following
+
+
+def classify(predictor: Predictor, sources: Iterable[Any], top_k: int, threshold: float, tta: bool
+             ) -> list[Prediction]:
+    return list(classify_each(predictor, sources, top_k, threshold, tta))
 
 
 def predict(images: Any, *, model_path: str | Path = "cifar10_model.pth", top_k: int = 3, threshold: float = 0.0,
@@ -1880,9 +1969,7 @@ def predict(images: Any, *, model_path: str | Path = "cifar10_model.pth", top_k:
     `label` is "unknown" where the confidence is below `threshold`. Raises `UserError` for a bad model or device.
     """
     sources = [images] if isinstance(images, (str, bytes, Path, Image.Image)) else list(images)
-    predictor = cached_model(model_path, device)
-    chunks = (sources[start:start + PREDICTION_BATCH] for start in range(0, len(sources), PREDICTION_BATCH))
-    return [answer for chunk in chunks for answer in classify(predictor, chunk, top_k, threshold, tta)]
+    return classify(cached_model(model_path, device), sources, top_k, threshold, tta)
 
 
 def served_model() -> Any:
@@ -1917,10 +2004,10 @@ def emit(record: dict[str, Any], text: str, config: Config, runtime: Runtime) ->
         print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
 
 
-def progress(batches: Iterable, label: str, runtime: Runtime) -> Iterable:
-    """`batches` with a bar and the time left, on a terminal."""
+def progress(items: Iterable, label: str, runtime: Runtime, total: int | None = None) -> Iterable:
+    """`items` with a bar and, where their number is known, the time left, on a terminal."""
     from tqdm import tqdm
-    return tqdm(batches, label, leave=False, dynamic_ncols=True, disable=None if runtime.is_main else True)
+    return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=None if runtime.is_main else True)
 
 
 def percent(fraction: float | None) -> str:
@@ -1954,7 +2041,7 @@ class Resume:
     """The resume file of a model path: all of a run up to its last finished epoch."""
     VERSION = 2
     MAY_CHANGE = {"mode", "model_path", "json", "data_dir", "data_url", "num_workers", "resume", "compile", "image",
-                  "top_k", "threshold", "mlflow", "experiment", "run_name", "tracking_uri"}
+                  "top_k", "threshold", "save_inputs", "mlflow", "experiment", "run_name", "tracking_uri"}
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.path = config.resume_path
@@ -2187,6 +2274,17 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     return 0
 
 
+def natural(path: str) -> list[Any]:
+    """Sort key by which photo2 stands before photo10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
+
+
+def pictures_below(folder: str | Path) -> list[str]:
+    """Paths of the pictures, hidden ones apart, in `folder` and all below it, in natural order."""
+    return sorted((os.path.join(place, name) for place, _, names in os.walk(folder) for name in names
+                   if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")), key=natural)
+
+
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
     """Paths of pictures: files as named, those below folders, those that match globs, `-` for stdin's lines."""
     for pattern in patterns:
@@ -2194,35 +2292,62 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
             yield from find_images(line for line in (each.rstrip("\r\n") for each in sys.stdin)
                                    if line not in ("", "-"))
         elif os.path.isdir(pattern):
-            found = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names
-                     if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")]
-            yield from sorted(found) or [os.path.join(pattern, "*")]           # read_image says: no such picture
+            yield from pictures_below(pattern) or [os.path.join(pattern, "*")]           # read_image: no such picture
         elif os.path.exists(pattern):
             yield pattern                                          # also names with [brackets]
         else:
-            yield from sorted(glob.glob(pattern, recursive=True)) or [pattern]
+            yield from sorted(glob.glob(pattern, recursive=True), key=natural) or [pattern]
+
+
+def prediction_row(answer: Prediction) -> str:
+    """The answer as a line: label, confidence, a bar, the next classes."""
+    full, empty = "█░" if "utf" in (sys.stdout.encoding or "").lower() else "#."
+    tenths = round(10 * answer.confidence)
+    others = ", ".join(f"{name} {percent(value)}" for name, value in answer.top if name != answer.label)
+    return (f"{answer.image}: {answer.label}  {percent(answer.confidence)}  {full * tenths}{empty * (10 - tenths)}"
+            f"{others and f'  ({others})'}")
+
+
+def save_seen(answer: Prediction, number: int, folder: Path) -> None:
+    """Writes what the network saw of a picture, a PNG a view."""
+    stem = Path(answer.image).stem[:100]
+    for view, name in zip(answer.seen.views, ("letterbox", "square", "centre")):
+        Image.fromarray(view.permute(1, 2, 0).numpy()).save(folder / f"{number:05d}-{stem}-{name}.png")
 
 
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
-    settings, failures = config.prediction, 0
+    settings, count, failures = config.prediction, 0, 0
     warnings.filterwarnings("ignore", module="PIL")                # what matters comes as an error, in our words
+    folder = Path(settings.save_inputs) if settings.save_inputs else None
+    if folder:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(f"--save-inputs {folder}: exists and is no empty folder")
     predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, bool(config.run.compile))
-    images = find_images(settings.image)
-    while chunk := list(itertools.islice(images, PREDICTION_BATCH)):
-        started = time.perf_counter()
-        answers = classify(predictor, chunk, settings.top_k, settings.threshold, settings.tta)
-        milliseconds = 1000 * (time.perf_counter() - started) / len(chunk)
-        for answer in answers:
-            failures += bool(answer.error)
-            if answer.error:
-                note(f"{answer.image}: {answer.error}")
-                emit({"image": answer.image, "error": answer.error}, "", config, runtime)
-            else:
-                top = ", ".join(f"{name} {percent(value)}" for name, value in answer.top)
-                emit({"image": answer.image, "label": answer.label, "confidence": answer.confidence,
-                      "top": answer.top, "milliseconds": milliseconds}, f"{answer.image}: {answer.label} ({top})",
-                     config, runtime)
+    images: Any = find_images(settings.image)
+    images = images if "-" in settings.image else list(images)
+    started = time.perf_counter()
+    answers = classify_each(predictor, images, settings.top_k, settings.threshold, settings.tta)
+    if sys.stderr.isatty() and not sys.stdout.isatty():            # on one terminal the answers show how far it is
+        answers = progress(answers, "pictures", runtime, len(images) if isinstance(images, list) else None)
+    for count, answer in enumerate(answers, 1):
+        failures += bool(answer.error)
+        if answer.error:
+            note(f"{answer.image}: {answer.error}")
+            emit({"image": answer.image, "error": answer.error}, "", config, runtime)
+            continue
+        if answer.seen.animated:
+            note(f"{answer.image}: animated, its first picture is answered")
+        emit({"image": answer.image, "label": answer.label, "confidence": answer.confidence, "top": answer.top,
+              "milliseconds": answer.milliseconds}, prediction_row(answer), config, runtime)
+        if folder:
+            save_seen(answer, count, folder)
+    if count > 1:
+        seconds = time.perf_counter() - started
+        note(f"{count} pictures in {seconds:.1f} s, {count / seconds:.0f} a second"
+             + (f"; {failures} could not be read" if failures else ""))
     return 1 if failures else 0
 
 

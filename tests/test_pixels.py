@@ -1,5 +1,6 @@
 """Anybody's picture comes out as the 32x32 that it should."""
 import io
+import os
 
 import numpy as np
 import pytest
@@ -121,12 +122,12 @@ def test_big_jpegs_are_decoded_at_a_fraction_and_look_the_same():
     assert np.abs(np.asarray(plain, dtype=int) - np.asarray(quick)).mean() < 2
 
 
-def bomb():
+def bomb(width=30000, height=30000):
     header = encoded(Image.new("1", (1, 1)))
     import struct
     import zlib
     start = header.index(b"IHDR")
-    chunk = b"IHDR" + struct.pack(">II", 30000, 30000) + header[start + 12:start + 17]
+    chunk = b"IHDR" + struct.pack(">II", width, height) + header[start + 12:start + 17]
     return header[:start] + chunk + struct.pack(">I", zlib.crc32(chunk)) + header[start + 21:]
 
 
@@ -144,3 +145,24 @@ def test_unreadable_paths_say_why(tmp_path):
         read_image(tmp_path / "nothing.png")
     with pytest.raises(UserError, match="(?i)directory"):
         read_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")                               # nobody writes: opening it would wait for ever
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(UserError, match="not a regular file"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "I;16", "CMYK", "L"])
+def test_large_pictures_are_averaged_first(mode):
+    values = np.add.outer(np.linspace(0, 120, 1500), np.linspace(0, 120, 2500))
+    picture = (Image.fromarray((values * 257).astype(np.uint16)) if mode == "I;16" else
+               Image.fromarray(values.astype(np.uint8)).convert(mode))
+    found = read_image(encoded(picture, "TIFF" if mode == "CMYK" else "PNG"))
+    assert found.size == (625, 375)
+    plain = Image.fromarray(values.astype(np.uint8)).resize((32, 19), Image.Resampling.LANCZOS)
+    difference = np.asarray(found.resize((32, 19), Image.Resampling.LANCZOS).convert("L"), int) - np.asarray(plain)
+    assert np.abs(difference).mean() < 2
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded():
+    with pytest.raises(UserError, match="7000x6000 pixels"):
+        read_image(bomb(7000, 6000))

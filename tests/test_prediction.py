@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import threading
 
@@ -34,10 +35,20 @@ def digits():
 
 
 @pytest.fixture
-def unsure(trained, tmp_path):
+def saved(trained, tmp_path):
+    """The trained model with some of what its file says changed."""
+    def change(**changes):
+        path = tmp_path / f"{'-'.join(changes)}.pth"
+        if not path.exists():
+            torch.save(torch.load(trained, weights_only=True) | changes, path)
+        return path
+    return change
+
+
+@pytest.fixture
+def unsure(saved):
     """The same answers with hardly any confidence."""
-    torch.save(torch.load(trained, weights_only=True) | {"temperature": 100.0}, tmp_path / "unsure.pth")
-    return tmp_path / "unsure.pth"
+    return saved(temperature=100.0)
 
 
 def png(images, number):
@@ -83,21 +94,49 @@ def test_a_data_set_image_through_predict_equals_evaluate(trained, digits, cpu):
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], row, atol=1e-6)
 
 
-def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_crops(trained):
-    photo, predictor = Image.open(io.BytesIO(encoded(noise(200, 100)))), cached_model(trained)
+def softened(image):
+    """The 3x3 filter of 1, 8, 1 both ways, over 100; the outermost pixels as they were."""
+    pixels = torch.nn.functional.conv2d(to_pixels(image)[:, None].double(),
+                                        torch.outer(*2 * [torch.tensor([1.0, 8.0, 1.0])]).double()[None, None] / 100)
+    whole = to_pixels(image).clone()
+    whole[:, 1:-1, 1:-1] = pixels[:, 0].round().byte()
+    return whole
+
+
+def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved, digits):
+    photo, predictor = Image.open(io.BytesIO(encoded(noise(200, 100)))), cached_model(saved(mirrors=True))
     views = [letterbox(photo), photo.resize((32, 32), Image.Resampling.LANCZOS, (50, 0, 150, 100)),
-             photo.resize((32, 32), Image.Resampling.LANCZOS, (65, 15, 135, 85))]
-    each = predictor.probabilities(torch.stack([to_pixels(view) for view in views]), tta=True)
+             photo.resize((32, 32), Image.Resampling.LANCZOS, (57.5, 7.5, 142.5, 92.5))]
+    views = torch.stack([softened(view) for view in views])
+    views[1] = views[1].flip(2)
+    answer = predict(photo, model_path=saved(mirrors=True), top_k=10)[0]
+    assert (answer.seen.views.int() - views.int()).abs().max() <= 1                # rounding of halves
+    each = predictor.probabilities(answer.seen.views, tta=False)
     assert not torch.allclose(each[0], each[1], atol=1e-3)
-    for tta, expected in ((True, each.mean(0)), (False, predictor.probabilities(to_pixels(views[0])[None], False)[0])):
-        by_name = dict(predict(photo, model_path=trained, top_k=10, tta=tta)[0].top)
+    for tta, expected in ((True, each.mean(0)), (False, each[0])):
+        by_name = dict(predict(photo, model_path=saved(mirrors=True), top_k=10, tta=tta)[0].top)
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("size, expected", [((32, 32), 1), ((500, 32), 1), ((33, 40), 2), ((46, 50), 3)])
-def test_no_crop_is_enlarged(size, expected):
-    found = list(classifier.framings(Image.new("RGB", size), True))
+def test_no_square_is_enlarged(size, expected):
+    found = classifier.framings(Image.new("RGB", size), True, True)
     assert len(found) == expected and {each.size for each in found} == {(32, 32)}
+    assert len(classifier.framings(Image.new("RGB", size), False, True)) == 1
+
+
+def test_digits_are_not_mirrored():
+    photo = noise(100, 100)
+    for mirrors in (False, True):
+        views = classifier.framings(photo, True, mirrors)
+        assert (views[0].tobytes() == views[1].tobytes()) is not mirrors           # a square photo: both see all of it
+
+
+def test_a_picture_of_the_networks_size_reaches_it_bit_for_bit(trained, tmp_path, digits):
+    picture = noise(32, 32)
+    picture.save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", encoded(picture), picture):
+        assert torch.equal(predict(source, model_path=trained)[0].seen.views, to_pixels(picture)[None])
 
 
 def test_batch_equals_singles(trained, digits):
@@ -186,13 +225,54 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(trained, album, capsy
     rows = [json.loads(line) for line in out.splitlines()]
     bad = [row for row in rows if "error" in row]
     assert code == 1 and len(rows) == 10 and len(bad) == 6
+    assert err.splitlines()[-1].endswith("6 could not be read")
     for name in ("bomb.png", "cut.png", "zero.png", "empty", "missing.png", "none*.png"):
-        assert any(name in row["image"] for row in bad) and sum(name in line.split(': ')[0] for line in err.splitlines()) == 1
+        assert any(name in row["image"] for row in bad) and sum(name in line.split(": ")[0] for line in err.splitlines()) == 1
 
 
 def test_text_rows(unsure, album, capsys):
     code, out, err = run(capsys, "--model-path", unsure, "--image", album / "a.png", "--threshold", 0.9)
-    assert code == 0 and out.startswith(f"{album}/a.png: unknown (") and err == ""
+    assert code == 0 and err == ""
+    name, label, share, bar, others = re.fullmatch(r"(.*): (\w+)  (.*) %  (\S+)  \((.*)\)\n", out).groups()
+    assert (name, label, len(bar)) == (f"{album}/a.png", "unknown", 10) and len(others.split(", ")) == 3
+    assert bar in ("██" + 8 * "░", "█" + 9 * "░") and 9 < float(share) < 25
+
+
+def test_a_summary_of_several(trained, album, capsys):
+    (album / "cut.png").write_bytes(encoded(noise(64, 64))[:900])
+    _, out, err = run(capsys, "--model-path", trained, "--image", album)
+    assert len(out.splitlines()) == 4
+    assert re.fullmatch(r"5 pictures in \d+\.\d s, \d+ a second; 1 could not be read", err.splitlines()[-1])
+
+
+def test_folders_are_walked_in_natural_order(trained, tmp_path, capsys):
+    names = ["a/9.png", "a/10.png", "img1.png", "img2.png", "img10.png", "img10b.png"]
+    (tmp_path / "walk" / "a").mkdir(parents=True)
+    for name in reversed(names):
+        noise(8, 8).save(tmp_path / "walk" / name)
+    for what in (tmp_path / "walk", f"{tmp_path}/walk/**/*.png"):
+        _, out, _ = run(capsys, "--model-path", trained, "--image", what)
+        assert [os.path.relpath(line.split(": ")[0], tmp_path / "walk") for line in out.splitlines()] == names
+
+
+def test_what_the_network_saw_is_written(trained, album, tmp_path, capsys):
+    code, _, _ = run(capsys, "--model-path", trained, "--image", album / "a.png", album / "ünï,code.png",
+                     "--save-inputs", tmp_path / "new" / "seen")
+    names = {path.name for path in (tmp_path / "new" / "seen").iterdir()}
+    assert code == 0 and names == {"00001-a-letterbox.png", "00002-ünï,code-letterbox.png"}        # 30 pixels high
+    found = to_pixels(Image.open(tmp_path / "new" / "seen" / "00001-a-letterbox.png"))
+    assert torch.equal(found, predict(album / "a.png", model_path=trained)[0].seen.views[0])
+    for used in (tmp_path / "new" / "seen", album / "a.png"):
+        code, _, err = run(capsys, "--model-path", trained, "--image", album / "a.png", "--save-inputs", used)
+        assert code == 1 and "--save-inputs" in err and len(err.splitlines()) == 1
+
+
+def test_of_an_animation_the_first_picture_is_answered_and_that_said(trained, tmp_path, capsys):
+    frames = [noise(20, 20), Image.new("RGB", (20, 20))]
+    for name, kind in (("a.gif", "GIF"), ("a.webp", "WEBP"), ("a.png", "PNG")):
+        frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:])
+        _, out, err = run(capsys, "--model-path", trained, "--image", tmp_path / name)
+        assert len(out.splitlines()) == 1 and "first picture" in err
 
 
 def test_predict_never_logs(trained, album, capsys, tmp_path):
@@ -207,7 +287,7 @@ def test_undecodable_paths_a_plain_locale_and_a_closed_pipe(trained, album, cli,
     strange = os.fsdecode(bytes(album) + b"/\xff\xfe.png")
     noise(40, 40).save(strange, "PNG")
     done = cli("--mode", "predict", "--model-path", trained, "--image", album, env={"LANG": "C", "LC_ALL": "C"})
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 5 and done.stderr == ""
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 5 and len(done.stderr.splitlines()) == 1
     command = (f"yes {album}/a.png | head -n 3000 | {sys.executable} {classifier.__file__} --mode predict "
                f"--model-path {trained} --image - | head -n 1")
     piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -224,4 +304,4 @@ def test_predict_needs_neither_mlflow_nor_torchvision(trained, album, tmp_path):
     from conftest import ROOT
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and done.stderr.startswith("4 pictures in ")
