@@ -103,12 +103,74 @@ def test_a_bad_model_file_is_one_clear_line(tmp_path, capsys, write, words, mode
     assert not (tmp_path / "ran").exists()
 
 
-def test_truncated_model(trained, tmp_path):
-    for share in (0.1, 0.5, 0.99):
-        content = trained.read_bytes()
-        (tmp_path / "short.pth").write_bytes(content[:int(len(content) * share)])
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, trained):
+    """A model file of 14 kB."""
+    path = tmp_path_factory.mktemp("small") / "small.pth"
+    saved = torch.load(trained, weights_only=True)
+    model = classifier.build_model(classifier.ModelSettings(width=1, depth=1), 2)
+    save_atomically(saved | {"weights": model.state_dict(), "model": {"width": 1, "depth": 1},
+                             "class_names": ["a", "b"]}, path)
+    assert load_model(path).class_names == ("a", "b")
+    return path
+
+
+def outcome(path, content):
+    """The weights and names that a file's content gives, or "refused"."""
+    path.write_bytes(content)
+    try:
+        saved = load_model(path)
+    except UserError as error:
+        assert "damaged" in str(error) or "no file of this program" in str(error)
+        return "refused"
+    return {name: tensor.tolist() for name, tensor in saved.model.state_dict().items()}, saved.class_names
+
+
+def test_a_model_truncated_anywhere_is_refused(small, tmp_path):
+    content = small.read_bytes()
+    ends = [*range(0, len(content), 61), *range(len(content) - 120, len(content))]
+    assert {str(outcome(tmp_path / "short.pth", content[:end])) for end in ends} == {"refused"}
+
+
+def flipped(content, position, bit=0):
+    return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1:]
+
+
+def test_flipped_bits_are_found(small, tmp_path):
+    """What the file says is checked, down to the last weight; padding and dates may change."""
+    content = small.read_bytes()
+    good = outcome(tmp_path / "good.pth", content)
+    found = [outcome(tmp_path / "flipped.pth", flipped(content, position, position % 8))
+             for position in range(0, len(content), 37)]
+    assert all(each in ("refused", good) for each in found) and found.count("refused") > len(found) / 2
+    with zipfile.ZipFile(small) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        weights = content.index(archive.read(largest))
+    assert outcome(tmp_path / "flipped.pth", flipped(content, weights + largest.file_size // 2)) == "refused"
+
+
+@pytest.mark.slow
+def test_every_byte_truncated_and_flipped(small, tmp_path):
+    content = small.read_bytes()
+    good = outcome(tmp_path / "good.pth", content)
+    for position in range(len(content)):
+        assert outcome(tmp_path / "short.pth", content[:position]) == "refused"
+        assert outcome(tmp_path / "flipped.pth", flipped(content, position, position % 8)) in ("refused", good)
+
+
+def test_bombs(small, tmp_path):
+    """A file that unpacks to much more, one that claims a huge network, and tensors larger than what they store."""
+    with zipfile.ZipFile(small) as archive, zipfile.ZipFile(tmp_path / "zip.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in archive.infolist():
+            bomb.writestr(entry.filename, archive.read(entry) if "data.pkl" in entry.filename else bytes(2**24))
+    saved = torch.load(small, weights_only=True)
+    torch.save(saved | {"model": {"width": 4096, "depth": 64}}, tmp_path / "wide.pth")
+    torch.save(saved | {"model": {"width": 10**9, "depth": 1}}, tmp_path / "wider.pth")
+    saved["weights"]["head.weight"] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(saved, tmp_path / "expanded.pth")
+    for name in ("zip", "wide", "wider", "expanded"):
         with pytest.raises(UserError, match="damaged"):
-            load_model(tmp_path / "short.pth")
+            load_model(tmp_path / f"{name}.pth")
 
 
 def test_unwritable_model_path_is_found_before_training(tmp_path, capsys):
