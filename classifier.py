@@ -69,7 +69,7 @@ EVALUATION_BATCH = 250             # divides 10,000, so compiled evaluation sees
 CALIBRATION_BINS = 15              # as in Guo et al. 2017, arXiv:1706.04599
 SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))              # see `framings`
 CENTRE_SQUARES = (1.0, 0.85)       # sides of the squares in the middle of a photo that TTA adds, in its short sides
-MAX_PIXELS = 40_000_000            # of a picture as decoded, which for a big JPEG is a fraction: about 1 s and 500 MB
+MAX_PIXELS = 25_000_000            # of a picture as decoded, which for a big JPEG is a fraction: 1 s, 1 GB in all
 TTA_MARGIN = 2.0                   # on 5,000 held-out images 27 % were below, and the accuracy that of averaging all
 PREDICTION_BATCH = 64              # pictures a call of the network; as many more are decoded meanwhile
 SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
@@ -660,7 +660,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("the picture has no pixels")
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{image.width}x{image.height} pixels: more than {MAX_PIXELS // 10**6} million are not read")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):                           # broken EXIF says nothing against the picture
+        image = ImageOps.exif_transpose(image)
     sixteen_bits = image.mode.startswith("I;16")
     if sixteen_bits or image.mode in ("1", "P"):                   # what `reduce` does not average
         image = image.convert("I" if sixteen_bits else "RGBA" if image.has_transparency_data else "RGB")
@@ -686,6 +688,8 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):      # a pipe may never end
             raise UserError("a directory" if os.path.isdir(source) else "not a regular file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format == "EPS":                              # a program, which Pillow hands to Ghostscript
+                raise UserError("an EPS drawing, which is not run: export it as PNG")
             image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))    # big JPEGs: decode at a fraction of their size
             rgb = to_rgb(image)
             with contextlib.suppress(Exception):                   # the first picture is good whatever follows it
