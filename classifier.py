@@ -62,6 +62,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+DATASETS = ("cifar10", "digits")   # any other is a folder
 IMAGE_SIZE = 32                    # CIFAR-10's; every other picture is brought to it
 LETTERBOX_GRAY = (128, 128, 128)   # the brief's neutral gray
 REFERENCE_BATCH = 128              # the effective batch that learning rates and momentum are meant for
@@ -134,6 +135,8 @@ class TrainSettings:
                                  above=0.0)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
     repeats: int = setting(1, "train this many seeds; the first seed's model is saved", least=1)
+    init_from: str | None = setting(None, "start from this model file's weights, those of the last layer for classes "
+                                          "that both know (auto: from nothing)")
     resume: bool = setting(False, "go on from an interrupted run of the same --model-path")
 
 
@@ -147,7 +150,8 @@ class ModelSettings:
 @dataclass(frozen=True)
 class DataSettings:
     """train, evaluate, benchmark"""
-    dataset: str = setting("cifar10", "cifar10, or digits, which needs no download", choices=("cifar10", "digits"))
+    dataset: str = setting("cifar10", "cifar10; digits, which needs no download; or a folder of pictures: one "
+                                      "subfolder a class, below train/ and test/ where these exist")
     data_dir: str = setting("data", "holds cifar-10-batches-py/ or cifar-10-python.tar.gz, or gets them")
     data_url: tuple[str, ...] = setting(("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
                                         "where to download CIFAR-10 from, tried in order")
@@ -156,6 +160,11 @@ class DataSettings:
     holdout: int = setting(0, "training images kept out of training, to choose settings on instead of the test set",
                            least=0)
     limit_images: int = setting(0, "train on the first N images only and test on N/5; 0: all", least=0)
+
+    @property
+    def name(self) -> str:
+        """A folder's own name, without where it lies."""
+        return os.path.basename(os.path.abspath(self.dataset))
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class Config:
 
     @property
     def model_path(self) -> Path:
-        return Path(self.run.model_path or f"{self.data.dataset}_model.pth")
+        return Path(self.run.model_path or f"{self.data.name}_model.pth")
 
     @property
     def resume_path(self) -> Path:
@@ -250,6 +259,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
             add_flag(group, f.name, hints[f.name], f.default, f.metadata)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
+    if (dataset := given.get("dataset", "cifar10")) not in DATASETS and not os.path.isdir(dataset):
+        parser.error(f"argument --dataset: {dataset} is neither {', '.join(DATASETS)} nor a folder")
     if given.get("mode") == "predict" and not given.get("image"):
         parser.error("argument --image: --mode predict needs at least one picture")
     if given.get("resume") and given.get("repeats", 1) > 1:
@@ -275,10 +286,21 @@ def loggable(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+def in_front() -> bool:
+    """Whether this process is the one that speaks: under torchrun the main one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(message: str) -> None:
-    """A line for the person in front, on stderr; under torchrun from the main process only."""
-    if os.environ.get("RANK", "0") == "0":
+    """A line for the person in front, on stderr."""
+    if in_front():
         print(redact(message), file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
+    """`items` with a bar and, where their number is known, the time left, on a terminal."""
+    from tqdm import tqdm
+    return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=None if in_front() else True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -859,9 +881,92 @@ def load_digits(settings: DataSettings) -> ImageData:
                      source="https://archive.ics.uci.edu/dataset/80")
 
 
+def natural(path: str) -> list[Any]:
+    """Sort key by which photo2 stands before photo10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
+
+
+def pictures_below(folder: str | Path) -> list[str]:
+    """Paths of the pictures, hidden ones apart, in `folder` and all below it, in natural order."""
+    return sorted((os.path.join(place, name) for place, _, names in os.walk(folder) for name in names
+                   if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")), key=natural)
+
+
+def find_classes(root: str) -> dict[str, list[str]]:
+    """The pictures of each subfolder of `root` that has any; UserError where there are no two such classes."""
+    folders = sorted((entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."), key=natural)
+    classes = {name: pictures_below(os.path.join(root, name)) for name in folders}
+    for name in (name for name in folders if not classes[name]):
+        note(f"{os.path.join(root, name)}: no pictures in it, no class")
+    alike = {first for first, second in itertools.combinations(folders, 2) if first.casefold() == second.casefold()}
+    if alike:
+        raise UserError(f"--dataset: {root} has several folders called {', '.join(sorted(alike))} but for capitals: "
+                        f"merge or rename them")
+    return {name: paths for name, paths in classes.items() if paths}
+
+
+def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
+    """What to train on and a tenth, at least one of two, to test on: chosen by name, so that more pictures change
+    little."""
+    def drawn(path: str) -> bytes:
+        return hashlib.sha256(os.fsencode(f"{SPLIT_SEED}/{os.path.relpath(path, root)}")).digest()
+    order = sorted(paths, key=drawn)
+    count = max(1, len(paths) // 10) if len(paths) > 1 else 0
+    return order[count:], order[:count]
+
+
+def read_pictures(classes: dict[str, list[str]], class_names: tuple[str, ...]) -> Split:
+    """The pictures as predict's letterbox shows them; what cannot be read is named, left out and counted."""
+    def read(path: str) -> Tensor | None:
+        try:
+            return to_pixels(framings(read_image(path), False, False)[0])
+        except UserError as error:
+            return note(f"{path}: {error}")
+    paths = list(itertools.chain(*classes.values()))
+    labels = torch.tensor([class_names.index(name) for name, paths in classes.items() for _ in paths], dtype=torch.long)
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        pixels = list(progress(pool.map(read, paths), "reading pictures", len(paths)))
+    good = [number for number, each in enumerate(pixels) if each is not None]
+    if len(good) < len(paths):
+        note(f"{len(paths) - len(good)} of {len(paths)} pictures could not be read and are left out")
+    images = torch.empty(len(good), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    for row, number in enumerate(good):
+        images[row] = pixels[number]
+    return Split(images, labels[good])
+
+
+def load_folder(settings: DataSettings) -> ImageData:
+    """Pictures of a folder with one subfolder a class, below train/ and test/ or else a tenth of each class to test."""
+    root = os.path.abspath(settings.dataset)
+    parts = [os.path.join(root, part) for part in ("train", "test")]
+    if os.path.isdir(parts[0]):
+        train = find_classes(parts[0])
+        test = find_classes(parts[1]) if os.path.isdir(parts[1]) else None
+    else:
+        train, test = find_classes(root), None
+    if test is None:
+        halves = {name: split_class(paths, root) for name, paths in train.items()}
+        train, test = ({name: half[part] for name, half in halves.items()} for part in (0, 1))
+    if len(train) < 2:
+        raise UserError(f"--dataset: {root} needs pictures in at least two subfolders, one a class; "
+                        f"they are in {len(train)}")
+    if unknown := [name for name in test if name not in train]:
+        raise UserError(f"--dataset: {parts[1]} has classes that {parts[0]} lacks: {', '.join(unknown)}")
+    for name in (name for name in train if not test.get(name)):
+        note(f"class {name}: no picture to test on")
+    names = tuple(train)
+    known, unseen = read_pictures(train, names), read_pictures(test, names)
+    if missing := [name for number, name in enumerate(names) if number not in known.labels]:
+        raise UserError(f"--dataset: no picture of {', '.join(missing)} could be read to train on")
+    if not len(unseen):
+        raise UserError(f"--dataset: {root} leaves no picture to test on")
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(SPLIT_SEED))    # for --limit-images
+    return ImageData(root, names, known.take(order), unseen, source=Path(root).as_uri())
+
+
 def load_data(settings: DataSettings) -> ImageData:
     """The data set that the settings name, with `--limit-images` and `--holdout` applied."""
-    data = {"cifar10": load_cifar10, "digits": load_digits}[settings.dataset](settings)
+    data = {"cifar10": load_cifar10, "digits": load_digits}.get(settings.dataset, load_folder)(settings)
     if settings.limit_images:
         data = replace(data, train=data.train.take(slice(settings.limit_images)),
                        evaluation=data.evaluation.take(slice(max(1, settings.limit_images // 5))))
@@ -1176,10 +1281,10 @@ METRIC_NAMES = {"lr": "train/lr", "seconds": "time/epoch_s", "images_per_second"
                 "ece": "calibration/ece", "temperature": "calibration/temperature", "skipped_updates": "train/skipped"}
 RUN_NAME_PARTS = {"width": "w", "depth": "d", "lr": "lr", "batch_size": "b", "accumulate_grad_steps": "x",
                   "epochs": "e", "amp": "amp", "compile": "compile", "repeats": "rep", "seed": "s", "momentum": "m",
-                  "head_lr": "head", "head_momentum": "hm", "bias_lr": "bias", "weight_decay": "wd",
-                  "label_smoothing": "ls", "start_size": "px", "hard_share": "hard", "freeze_after": "fr",
-                  "flip": "flip", "shift": "shift", "cutout": "cut", "letterbox_share": "box", "temperature": "t",
-                  "holdout": "hold", "limit_images": "n", "num_workers": "j"}
+                  "init_from": "from-", "head_lr": "head", "head_momentum": "hm", "bias_lr": "bias",
+                  "weight_decay": "wd", "label_smoothing": "ls", "start_size": "px", "hard_share": "hard",
+                  "freeze_after": "fr", "flip": "flip", "shift": "shift", "cutout": "cut", "letterbox_share": "box",
+                  "temperature": "t", "holdout": "hold", "limit_images": "n", "num_workers": "j"}
 
 
 def command_line(config: Config, **changes: Any) -> str:
@@ -1201,7 +1306,7 @@ def default_run_name(config: Config) -> str:
     flat, defaults = config.flat(), Config().flat()
     parts = [{"evaluate": "eval", "benchmark": "bench"}.get(config.run.mode, "")]
     for name, short in RUN_NAME_PARTS.items():
-        value = flat[name]
+        value = Path(flat[name]).stem if name == "init_from" and flat[name] else flat[name]
         if value != defaults[name]:
             parts.append(f"{'' if value else 'no'}{short}" if isinstance(value, bool) else
                          f"{short}{value:g}" if isinstance(value, float) else f"{short}{value}")
@@ -1273,7 +1378,7 @@ def shared_view(mode: str, name: str) -> str:
 def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
     """A matplotlib figure of the counts: rows are the true classes, columns the answers."""
     from matplotlib.figure import Figure
-    side = 3 + 0.5 * len(class_names)
+    side = 3 + 0.5 * min(len(class_names), 60)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot(xlabel="answer", ylabel="true class")
     axes.imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
@@ -1286,10 +1391,11 @@ def confusion_figure(confusion: Tensor, class_names: tuple[str, ...]) -> Any:
     return figure
 
 
-def evaluation_files(confusion: Tensor, per_class: dict[str, float]) -> dict[str, Callable[[], Any]]:
+def evaluation_files(confusion: Tensor, class_names: tuple[str, ...], per_class: dict[str, float]
+                     ) -> dict[str, Callable[[], Any]]:
     """What a run keeps of its evaluation: `confusion` counts (true class, answer)."""
     shares = {"class": list(per_class), "accuracy": [100 * share for share in per_class.values()]}
-    return {"confusion_matrix.png": functools.partial(confusion_figure, confusion, tuple(per_class)),
+    return {"confusion_matrix.png": functools.partial(confusion_figure, confusion, class_names),
             "per_class.json": lambda: shares}
 
 
@@ -1396,7 +1502,7 @@ class MlflowTracker(Tracker):
         """Finds or makes the experiment, then goes on with the run of a resumed training or makes a new one."""
         from mlflow.exceptions import MlflowException
         config = self.config
-        experiment = config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.data.dataset
+        experiment = config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.data.name
         with contextlib.ExitStack() as stack:
             location = None
             if self.database:           # two processes that create its tables at once break each other
@@ -1448,7 +1554,7 @@ class MlflowTracker(Tracker):
                 "group": hashlib.sha256(alike.encode()).hexdigest()[:8]}       # the UI averages a group: over seeds
         digests = {"train": data.train.digest, data.evaluation_name: data.evaluation.digest}
         self.send(("settings", {"params": params, "tags": tags}),
-                  ("data", {"name": data.name, "source": data.source, "digests": digests}))
+                  ("data", {"name": self.config.data.name, "source": data.source, "digests": digests}))
 
     def store_settings(self, params: dict[str, str], tags: dict[str, str]) -> None:
         """A resumed run's parameters stand; what differs now becomes a tag."""
@@ -1804,8 +1910,9 @@ class Evaluation(NamedTuple):
                 f"{prefix}_loss": self.loss, "ece": self.ece, "temperature": self.temperature}
 
     def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
-        shares = self.confusion.diag() / self.confusion.sum(1).clamp(min=1)
-        return dict(zip(class_names, shares.tolist()))
+        """Accuracy of each class that has images here."""
+        rows = zip(class_names, self.confusion.diag().tolist(), self.confusion.sum(1).tolist())
+        return {name: correct / count for name, correct, count in rows if count}
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, runtime: Runtime) -> float:
@@ -2013,12 +2120,6 @@ def emit(record: dict[str, Any], text: str, config: Config, runtime: Runtime) ->
         print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
 
 
-def progress(items: Iterable, label: str, runtime: Runtime, total: int | None = None) -> Iterable:
-    """`items` with a bar and, where their number is known, the time left, on a terminal."""
-    from tqdm import tqdm
-    return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=None if runtime.is_main else True)
-
-
 def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.2f} %"
 
@@ -2100,6 +2201,21 @@ class Training:
     compile_seconds: float
 
 
+def start_from(model: CifarNet, path: Path, class_names: tuple[str, ...]) -> None:
+    """Weights and pixel statistics of a model file; in the last layer those of the classes that both know."""
+    saved = load_model(path)
+    weights, head = saved.model.state_dict(), model.head.weight.detach().clone()
+    for row, name in enumerate(class_names):
+        if name in saved.class_names and head.shape[1] == saved.model.head.in_features:
+            head[row] = weights["head.weight"][saved.class_names.index(name)]
+    weights["head.weight"] = head
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"--init-from {path}: its network has --width {saved.settings.get('width')} --depth "
+                        f"{saved.settings.get('depth')}: ask for the same") from None
+
+
 def build_training(config: Config, data: ImageData, runtime: Runtime) -> Training:
     """Network, optimizer and loader of one seed, nothing trained yet."""
     settings, count = config.train, len(data.train)
@@ -2109,6 +2225,8 @@ def build_training(config: Config, data: ImageData, runtime: Runtime) -> Trainin
     sampler = BatchSampler(count, settings.batch_size, runtime, shuffle=True, seed=config.run.seed)
     if not sampler.batches(images_of_epoch(settings.epochs - 1, settings, count)):
         raise UserError(f"{count} training images are too few for {runtime.world_size} processes")
+    if settings.init_from:
+        start_from(model, Path(settings.init_from), data.class_names)
     options = loader_options(config.data.num_workers, runtime)
     loader = build_loader(data.train, sampler, options)
     example = data.train.images[:min(sampler.share(count), sampler.batch_size)]
@@ -2139,7 +2257,7 @@ def run_epoch(training: Training, config: Config, data: ImageData, runtime: Runt
     state, name, epochs = training.state, data.evaluation_name, config.train.epochs
     training.sampler.epoch = state.epoch
     training.sampler.chosen = state.hardest(images_of_epoch(state.epoch, config.train, len(data.train)))
-    bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}", runtime)
+    bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}")
     record = {"epoch": state.epoch + 1} | train_epoch(state, bar, len(training.sampler), config.train, config.run.seed,
                                                       training.mirrors, runtime)
     share_buffers(state.model, runtime)
@@ -2195,8 +2313,8 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
             save_model(config.model_path, state.model, data, training.mirrors, config, evaluation.temperature, result)
             resume.path.unlink(missing_ok=True)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
-        tracker.log_outcome(f"**{text}**", evaluation_files(evaluation.confusion, evaluation.per_class(
-            data.class_names)), config.model_path if keep else None)
+        files = evaluation_files(evaluation.confusion, data.class_names, evaluation.per_class(data.class_names))
+        tracker.log_outcome(f"**{text}**", files, config.model_path if keep else None)
         result |= {"seed": config.run.seed, "model_path": str(config.model_path) if keep else None,
                    "run_id": tracker.run_id}
         emit({"event": "result"} | result, f"{text}; model: {result['model_path']}", config, runtime)
@@ -2239,8 +2357,9 @@ def run_train(config: Config, runtime: Runtime) -> int:
 
 def as_trained(config: Config, saved: SavedModel) -> Config:
     """`config` with the model's own data, network and training, so that evaluate repeats train's figures."""
-    if config.data.dataset not in (saved.dataset, DataSettings().dataset):
-        raise UserError(f"--dataset {config.data.dataset}: {config.model_path} was trained on {saved.dataset}")
+    asked = config.data.dataset
+    if asked in DATASETS and asked not in (saved.dataset, DataSettings().dataset):
+        raise UserError(f"--dataset {asked}: {config.model_path} was trained on {saved.dataset}")
     then = saved.settings
     if config.data.holdout and config.data.holdout != then.get("holdout"):
         raise UserError(f"--holdout {config.data.holdout}: {config.model_path} was trained on some of these images, "
@@ -2249,7 +2368,7 @@ def as_trained(config: Config, saved: SavedModel) -> Config:
                     for part in (ModelSettings, TrainSettings))
     return replace(config, model=model, train=train,
                    run=replace(config.run, amp=then.get("amp") if config.run.amp is None else config.run.amp),
-                   data=replace(config.data, dataset=saved.dataset,
+                   data=replace(config.data, dataset=saved.dataset if asked in DATASETS else asked,
                                 limit_images=config.data.limit_images or then.get("limit_images", 0)))
 
 
@@ -2274,24 +2393,13 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
         result, per_class = evaluation.record(data.evaluation_name), evaluation.per_class(data.class_names)
         text = headline(evaluation, data.evaluation_name)
         tracker.log_metrics(result | {"evaluation_seconds": evaluation.seconds})
-        tracker.log_outcome(f"**{text}**", evaluation_files(evaluation.confusion, per_class))
+        tracker.log_outcome(f"**{text}**", evaluation_files(evaluation.confusion, data.class_names, per_class))
     lines = [f"{text}, loss {evaluation.loss:.4f}, calibration error {percent(evaluation.ece)}, "
              f"{len(data.evaluation)} images in {evaluation.seconds:.1f} s",
              *(f"  {label:<12} {percent(share):>8}" for label, share in per_class.items())]
     emit({"event": "result"} | result | {"per_class": per_class, "seconds": evaluation.seconds}, "\n".join(lines),
          config, runtime)
     return 0
-
-
-def natural(path: str) -> list[Any]:
-    """Sort key by which photo2 stands before photo10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
-
-
-def pictures_below(folder: str | Path) -> list[str]:
-    """Paths of the pictures, hidden ones apart, in `folder` and all below it, in natural order."""
-    return sorted((os.path.join(place, name) for place, _, names in os.walk(folder) for name in names
-                   if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")), key=natural)
 
 
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
@@ -2327,7 +2435,6 @@ def save_seen(answer: Prediction, number: int, folder: Path) -> None:
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
     settings, count, failures = config.prediction, 0, 0
-    warnings.filterwarnings("ignore", module="PIL")                # what matters comes as an error, in our words
     folder = Path(settings.save_inputs) if settings.save_inputs else None
     if folder:
         with contextlib.suppress(FileExistsError):
@@ -2340,7 +2447,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
     started = time.perf_counter()
     answers = classify_each(predictor, images, settings.top_k, settings.threshold, settings.tta)
     if sys.stderr.isatty() and not sys.stdout.isatty():            # on one terminal the answers show how far it is
-        answers = progress(answers, "pictures", runtime, len(images) if isinstance(images, list) else None)
+        answers = progress(answers, "pictures", len(images) if isinstance(images, list) else None)
     for count, answer in enumerate(answers, 1):
         failures += bool(answer.error)
         if answer.error:
@@ -2707,7 +2814,7 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
         parent.log_settings({}, data)
         checks = told(self_checks)
         rows = [row for part in (benchmark_loading, benchmark_inference, benchmark_training) for row in told(part)]
-        table, chart = benchmark_table(rows, checks, config, runtime.device), f"{config.data.dataset}_benchmark.png"
+        table, chart = benchmark_table(rows, checks, config, runtime.device), f"{config.data.name}_benchmark.png"
         emit({}, f"\n{table}", config, runtime)
         try:
             benchmark_figure(rows).savefig(chart)
@@ -2737,6 +2844,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     config = parse_config(argv)
+    warnings.filterwarnings("ignore", module="PIL")                # what matters comes as an error, in our words
     try:
         with stop_signals(), open_runtime(config.run) as runtime:
             if runtime.world_size > 1 and config.run.mode in ("predict", "benchmark"):

@@ -122,7 +122,7 @@ def log_something(config, runtime, tmp_path):
         tracker.log_settings(resolved, data)
         for epoch in range(3):
             tracker.log_metrics({"train_loss": 1.0, "test_accuracy": 0.5}, epoch)
-        tracker.log_outcome("fine", classifier.evaluation_files(torch.eye(10), dict.fromkeys(data.class_names, 1.0)))
+        tracker.log_outcome("fine", classifier.evaluation_files(torch.eye(10), data.class_names, dict.fromkeys(data.class_names, 1.0)))
     return tracker
 
 
