@@ -673,10 +673,11 @@ def logits_with_tta(net: nn.Module, images: Tensor, tta: bool, flip: bool) -> tu
 # ------------------------------------------------------------------------------------------------------------
 # Pixels: from anybody's picture to the 32x32 that the network sees. Knows neither model nor settings.
 # ------------------------------------------------------------------------------------------------------------
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, full_size: tuple[int, int]) -> Image.Image:
     """Turned as its EXIF says, transparency laid on the letterbox's gray, 16 bits scaled to 8, as RGB.
 
-    A picture far larger than needed is first averaged over whole pixels, to a longer side of 512 to 1,023.
+    A picture far larger than needed is first averaged over whole pixels, to a longer side of 512 to 1,023. Decoded at a
+    fraction or averaged, its sides are no longer in exactly their ratio: `info["full_size"]` has those it had.
     """
     if 0 in image.size:
         raise ValueError("the picture has no pixels")
@@ -697,7 +698,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values.clip(0, full) * (255 / full)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, LETTERBOX_GRAY), image.convert("RGBA"))
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb.info["full_size"] = min(full_size, full_size[::-1],        # the turned one where it was turned
+                                key=lambda size: abs(size[0] * rgb.height - size[1] * rgb.width))
+    return rgb
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """A picture as RGB, of an animation (told by `info["animated"]`) the first.
@@ -706,14 +710,15 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """
     try:
         if isinstance(source, Image.Image):
-            return to_rgb(source)
+            return to_rgb(source, source.size)
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):      # a pipe may never end
             raise UserError("a directory" if os.path.isdir(source) else "not a regular file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.format == "EPS":                              # a program, which Pillow hands to Ghostscript
                 raise UserError("an EPS drawing, which is not run: export it as PNG")
+            full_size = image.size
             image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))    # big JPEGs: decode at a fraction of their size
-            rgb = to_rgb(image)
+            rgb = to_rgb(image, full_size)
             with contextlib.suppress(Exception):                   # the first picture is good whatever follows it
                 rgb.info["animated"] = getattr(image, "is_animated", False)
             return rgb
@@ -734,8 +739,8 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
 
 def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
     """`image` (RGB) at its own aspect ratio, LANCZOS-resized to fit and centred on a gray square."""
-    scale = size / max(image.size)
-    fitted = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    full_size = image.info.get("full_size", image.size)
+    fitted = image.resize([max(1, round(side * size / max(full_size))) for side in full_size], Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), LETTERBOX_GRAY)
     square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
     return square

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from classifier import UserError, letterbox, read_image, to_pixels
 
@@ -120,6 +120,18 @@ def test_big_jpegs_are_decoded_at_a_fraction_and_look_the_same():
     plain = letterbox(Image.open(io.BytesIO(data)).convert("RGB"))
     quick = letterbox(read_image(data))
     assert np.abs(np.asarray(plain, dtype=int) - np.asarray(quick)).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(500, 335), (335, 500), (999, 701), (4000, 2670)])
+def test_a_fraction_keeps_the_ratio_of_the_sides(size):
+    """335 rows are 168 at half of the size, which would make 22 rows of the letterbox and not 21."""
+    picture = noise(20, 15).resize(size, Image.Resampling.BICUBIC)
+    for turn in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        data = encoded(picture, "JPEG", quality=95, exif=exif)
+        plain = letterbox(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        assert np.abs(np.asarray(plain, dtype=int) - np.asarray(letterbox(read_image(data)))).mean() < 2
 
 
 def bomb(width=30000, height=30000):
