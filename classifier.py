@@ -943,6 +943,8 @@ def read_pictures(classes: dict[str, list[str]], class_names: tuple[str, ...]) -
 def load_folder(settings: DataSettings) -> ImageData:
     """Pictures of a folder with one subfolder a class, below train/ and test/ or else a tenth of each class to test."""
     root = os.path.abspath(settings.dataset)
+    if not os.path.isdir(root):
+        raise UserError(f"the pictures of {root} are no longer there: say with --dataset where they lie")
     parts = [os.path.join(root, part) for part in ("train", "test")]
     if os.path.isdir(parts[0]):
         train = find_classes(parts[0])

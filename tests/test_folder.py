@@ -125,6 +125,10 @@ def test_train_evaluate_and_predict_speak_the_classes(pets, capsys):
     assert code == 0 and {name for name, _ in json.loads(out)["top"]} == {"cat 9", "cat 10", "ünï"}
     code, _, err = run(capsys, "--mode", "evaluate", "--model-path", "my pets_model.pth", "--dataset", "digits")
     assert code == 1 and "was trained on" in err
+    moved = pets.rename(pets.parent / "moved")
+    code, _, err = run(capsys, "--mode", "evaluate", "--model-path", "my pets_model.pth", "--no-mlflow")
+    assert code == 1 and "--dataset" in err.splitlines()[-1]
+    assert run(capsys, "--mode", "evaluate", "--model-path", "my pets_model.pth", "--no-mlflow", "--dataset", moved)[0] == 0
 
 
 @pytest.mark.parametrize("count", [2, 100])

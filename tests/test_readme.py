@@ -16,7 +16,8 @@ FOREIGN = {"--backend-store-uri", "--env-manager", "--port", "--nproc-per-node",
 
 
 @pytest.mark.parametrize("name,words", COMMANDS, ids=lambda text: text.strip())
-def test_commands_parse(name, words, capsys):
+def test_commands_parse(name, words, capsys, tmp_path):
+    (tmp_path / "pets").mkdir()
     if "--help" not in words:
         parse_config(shlex.split(words))
 
