@@ -129,7 +129,7 @@ class TrainSettings:
     flip: bool | None = setting(None, "mirror images, in training and in TTA (auto: not for digits)")
     shift: int = setting(3, "move images by up to this many pixels in training", least=0, most=IMAGE_SIZE // 2)
     cutout: int = setting(8, "side of the gray square laid on each training image; 0: none", least=0, most=IMAGE_SIZE)
-    letterbox_share: float = setting(0.1, "share of the training images shown between gray bars, as photos come",
+    letterbox_share: float = setting(0.2, "share of the training images shown between gray bars, as photos come",
                                      least=0.0, most=1.0)
     temperature: float = setting(0.54, "divides the logits before they become confidences; with --holdout fitted there",
                                  above=0.0)
@@ -1466,6 +1466,7 @@ class MlflowTracker(Tracker):
         mlflow.set_tracking_uri(uri)
         self.connect = functools.cache(mlflow.MlflowClient)        # a bad store must fail in the thread, not here
         self.experiment_id, self.known = "", {}
+        self.logged: set[int] = set()                              # steps that a resumed run has from before
         self.courier, self.delivering = threading.Thread(), threading.Lock()
         self.monitor: Any = None
         self.warned = False
@@ -1531,6 +1532,9 @@ class MlflowTracker(Tracker):
             note(f"MLflow run {self.run_id} is gone, a new one takes its place")
             run = self.create_run(name, began, tag)
         self.run_id, self.experiment_id, self.known = run.info.run_id, run.info.experiment_id, run.data.params
+        if config.train.resume:
+            self.logged = {each.step for each in client.get_metric_history(self.run_id, "train/loss")}
+            self.logged |= {0} if METRIC_NAMES["train_seconds"] in run.data.metrics else set()
         client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{config.run.mode}", shared_view(
             config.run.mode, "holdout" if config.data.holdout else "test"))
         if config.tracking.system_metrics:
@@ -1587,6 +1591,8 @@ class MlflowTracker(Tracker):
 
     def store_metrics(self, values: dict[str, float], step: int, when: int) -> None:
         from mlflow.entities import Metric
+        if step in self.logged:
+            return
         self.connect().log_batch(self.run_id, metrics=[Metric(name, value, when, step)
                                                        for name, value in values.items()])
 
@@ -2167,9 +2173,13 @@ class Resume:
         self.digest = data.train.digest
 
     def save(self, state: TrainState, history: list[dict[str, Any]], run_id: str | None, seconds: float) -> None:
-        save_atomically({"format_version": self.VERSION, "state": state.state_dict(), "history": history,
-                         "run_id": run_id, "seconds": seconds, "settings": self.settings, "digest": self.digest},
-                        self.path)
+        """A failure is told and no more: the file before stays whole, and the next epoch tries again."""
+        try:
+            save_atomically({"format_version": self.VERSION, "state": state.state_dict(), "history": history,
+                             "run_id": run_id, "seconds": seconds, "settings": self.settings, "digest": self.digest},
+                            self.path)
+        except UserError as error:
+            note(f"{error}; training goes on, the next epoch tries again")
 
     def load(self) -> dict[str, Any] | None:
         """The file's content, None where there is none; UserError where it belongs to another training."""
@@ -2281,6 +2291,20 @@ def headline(evaluation: Evaluation, name: str) -> str:
     return f"{percent(evaluation.accuracy)} {name} accuracy{tta}"
 
 
+def save_result(training: Training, data: ImageData, config: Config, temperature: float, result: dict[str, Any]
+                ) -> Path:
+    """Saves the model, in a new temporary folder if its own place takes nothing any more; says and returns where."""
+    content = training.state.model, data, training.mirrors, config, temperature, result
+    try:
+        save_model(config.model_path, *content)
+        return config.model_path
+    except UserError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="classifier-"), config.model_path.name)
+        save_model(elsewhere, *content)
+        note(f"{error}: the model is in {elsewhere}")
+        return elsewhere
+
+
 def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, parent: Tracker | None = None
                ) -> dict[str, Any]:
     """Train with one seed, report every epoch, save the model (with `keep`); its result."""
@@ -2297,6 +2321,8 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
     with open_tracker(config, runtime, run_id, parent) as tracker:
         announce(training.resolved)
         tracker.log_settings(training.resolved, data)
+        for step, record in enumerate(history, 1):                 # what the tracker lacks: the kill came in between
+            tracker.log_metrics(record, step)
         if keep:
             resume.save(state, history, tracker.run_id, time.perf_counter() - began)
         emit({}, epoch_row({}, name, 0), config, runtime)
@@ -2316,15 +2342,14 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
             "data_wait": sum(each["data_wait_seconds"] for each in history), "skipped_updates": state.skipped,
             "peak_memory_mb": runtime.peak_memory_mb()}
         text = f"{headline(evaluation, name)} after {epochs} epochs in {duration(result['train_seconds'])}"
-        if keep:
-            save_model(config.model_path, state.model, data, training.mirrors, config, evaluation.temperature, result)
-            resume.path.unlink(missing_ok=True)
+        path = save_result(training, data, config, evaluation.temperature, result) if keep else None
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
         files = evaluation_files(evaluation.confusion, data.class_names, evaluation.per_class(data.class_names))
-        tracker.log_outcome(f"**{text}**", files, config.model_path if keep else None)
-        result |= {"seed": config.run.seed, "model_path": str(config.model_path) if keep else None,
-                   "run_id": tracker.run_id}
+        tracker.log_outcome(f"**{text}**", files, path)
+        result |= {"seed": config.run.seed, "model_path": path and str(path), "run_id": tracker.run_id}
         emit({"event": "result"} | result, f"{text}; model: {result['model_path']}", config, runtime)
+    if path == config.model_path:       # last, so that also what the tracker lacks can be resumed
+        resume.path.unlink(missing_ok=True)
     return result
 
 
@@ -2346,8 +2371,8 @@ def run_train(config: Config, runtime: Runtime) -> int:
         with runtime.main_first():
             data = load_data(config.data)
         if len(seeds) == 1:
-            train_seed(config, data, runtime, keep=True)
-            return 0
+            result = train_seed(config, data, runtime, keep=True)
+            return 0 if result["model_path"] in (str(config.model_path), None) else 1
         with open_tracker(config, runtime) as parent:
             parent.log_settings({}, data)
             results = [train_seed(replace(config, run=replace(config.run, seed=seed), train=replace(

@@ -43,6 +43,9 @@ def own_folder(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
+    yield
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]            # MLflow's own, which the next module's fixtures would find
 
 
 @pytest.fixture
