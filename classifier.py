@@ -1167,8 +1167,9 @@ def save_atomically(payload: dict[str, Any], path: Path) -> None:
         os.replace(beside, path)
         flush_folder(path.parent)
     except (OSError, RuntimeError) as error:                       # torch's writer reports a full disk as the latter
-        beside.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written: {error}") from None
+    finally:
+        beside.unlink(missing_ok=True)                             # gone if all went well
 
 
 def checked_copy(file: Any) -> io.BytesIO:

@@ -54,6 +54,16 @@ def test_a_failing_save_leaves_the_old_file_whole(tmp_path, monkeypatch, error):
     assert torch.load(path, weights_only=True) == {"a": 1} and os.listdir(tmp_path) == ["file.pth"]
 
 
+def test_a_signal_while_saving_leaves_nothing_beside(tmp_path, monkeypatch):
+    def stop(_payload, file):
+        file.write(b"half")
+        raise classifier.Stopped(15)
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(classifier.Stopped):
+        save_atomically({"a": 2}, tmp_path / "file.pth")
+    assert os.listdir(tmp_path) == []
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("ran",)

@@ -170,6 +170,12 @@ def server(tarball, tmp_path):
         def do_GET(self):
             if self.path == "/silent":
                 release.wait(20)
+            elif self.path == "/cut":                              # promises more than it sends
+                whole = (folder / "good.tar.gz").read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(whole)))
+                self.end_headers()
+                self.wfile.write(whole[:len(whole) // 2])
             else:
                 super().do_GET()
 
@@ -189,12 +195,27 @@ def test_tarball_already_there_needs_no_network(tarball):
 
 
 def test_mirrors_are_tried_in_order(server, tmp_path, capsys):
-    urls = tuple(f"{server}/{name}" for name in ("missing.tar.gz", "bad.tar.gz", "page.html", "good.tar.gz"))
+    urls = tuple(f"{server}/{name}" for name in ("missing.tar.gz", "bad.tar.gz", "page.html", "cut",
+                                                  "good.tar.gz"))
     assert len(load_data(cifar(tmp_path / "new", data_url=urls)).train) == 50
     told = capsys.readouterr().err
-    assert told.count("failed:") == 3 and "404" in told
+    assert told.count("failed:") == 4 and "404" in told
     assert sorted(os.listdir(tmp_path / "new")) == ["cifar-10-batches-py"]
     assert len(load_data(cifar(tmp_path / "new")).train) == 50                 # now without a server
+
+
+def test_two_that_download_into_one_folder_at_once(server, tmp_path):
+    found, both = [], threading.Barrier(2)
+
+    def load():
+        both.wait()
+        found.append(len(load_data(cifar(tmp_path / "new", data_url=(f"{server}/good.tar.gz",))).train))
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [50, 50] and sorted(os.listdir(tmp_path / "new")) == ["cifar-10-batches-py"]
 
 
 def test_damaged_file_is_replaced_where_a_mirror_has_it(server, tmp_path):

@@ -83,7 +83,8 @@ def same(a, b):
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.mark.parametrize("flags", [["--num-workers", "2"], ["--json"], ["--eval-every", "0"]])
+@pytest.mark.parametrize("flags", [["--num-workers", "2"], ["--num-workers", "1", "--mlflow"], ["--json"],
+                                   ["--eval-every", "0"]])
 def test_same_seed_same_weights(capsys, flags):
     for name, more in (("a.pth", []), ("b.pth", flags), ("c.pth", ["--seed", "1"])):
         assert run(capsys, "--mode", "train", *TINY, "--model-path", name, *more)[0] == 0
