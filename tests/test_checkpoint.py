@@ -115,7 +115,7 @@ def test_a_bad_model_file_is_one_clear_line(tmp_path, capsys, write, words, mode
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, trained):
-    """A model file of 14 kB."""
+    """A model file of 13 kB."""
     path = tmp_path_factory.mktemp("small") / "small.pth"
     saved = torch.load(trained, weights_only=True)
     model = classifier.build_model(classifier.ModelSettings(width=1, depth=1), 2)

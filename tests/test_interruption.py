@@ -86,7 +86,7 @@ def test_a_model_that_finds_no_place_goes_elsewhere(capsys, monkeypatch, tmp_pat
 
 
 def start(folder, *flags, **options):
-    command = [sys.executable, str(ROOT / "classifier.py"), "--mode", "train", *TINY, "--epochs", "25", "--json", *flags]
+    command = [sys.executable, str(ROOT / "classifier.py"), "--mode", "train", *TINY, "--epochs", "12", "--json", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             **options)
@@ -97,7 +97,7 @@ def test_fifty_kills_change_nothing(tmp_path):
     """SIGKILL at random moments, also while a file is written, until 50 have hit; each training ends as if none had."""
     out, err = start(tmp_path, "--model-path", "straight.pth").communicate()
     straight, draw, kills, finished = [json.loads(line) for line in out.splitlines()], random.Random(0), 0, 0
-    assert len(straight) == 26, err
+    assert len(straight) == 13, err
     started = time.monotonic()
     start(tmp_path, "--model-path", "timed.pth").wait()
     whole = time.monotonic() - started
@@ -130,6 +130,6 @@ def test_a_file_size_limit_while_saving(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     process = start(tmp_path, preexec_fn=limit)
     out, err = process.communicate()
-    assert process.returncode == 1 and len(out.splitlines()) == 25, err
-    assert err.count("training goes on") == 26 and "could not be written" in err.splitlines()[-1]
+    assert process.returncode == 1 and len(out.splitlines()) == 12, err
+    assert err.count("training goes on") == 13 and "could not be written" in err.splitlines()[-1]
     assert "Traceback" not in err and os.listdir(tmp_path) == []
