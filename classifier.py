@@ -687,7 +687,7 @@ def to_rgb(image: Image.Image, full_size: tuple[int, int]) -> Image.Image:
     with contextlib.suppress(Exception):                           # broken EXIF says nothing against the picture
         image = ImageOps.exif_transpose(image)
     sixteen_bits = image.mode.startswith("I;16")
-    if sixteen_bits or image.mode in ("1", "P"):                   # what `reduce` does not average
+    if sixteen_bits or image.mode in ("1", "P", "PA"):                   # what `reduce` does not average
         image = image.convert("I" if sixteen_bits else "RGBA" if image.has_transparency_data else "RGB")
     if (factor := max(image.size) // (16 * IMAGE_SIZE)) > 1:
         image = image.reduce(factor)
@@ -702,6 +702,7 @@ def to_rgb(image: Image.Image, full_size: tuple[int, int]) -> Image.Image:
     rgb.info["full_size"] = min(full_size, full_size[::-1],        # the turned one where it was turned
                                 key=lambda size: abs(size[0] * rgb.height - size[1] * rgb.width))
     return rgb
+
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """A picture as RGB, of an animation (told by `info["animated"]`) the first.
@@ -739,8 +740,10 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
 
 def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
     """`image` (RGB) at its own aspect ratio, LANCZOS-resized to fit and centred on a gray square."""
-    full_size = image.info.get("full_size", image.size)
-    fitted = image.resize([max(1, round(side * size / max(full_size))) for side in full_size], Image.Resampling.LANCZOS)
+    sides = image.info.get("full_size", image.size)
+    if abs(sides[0] * image.height - sides[1] * image.width) > max(sides):     # not its own: the image was cut since
+        sides = image.size
+    fitted = image.resize([max(1, round(side * size / max(sides))) for side in sides], Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), LETTERBOX_GRAY)
     square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
     return square

@@ -132,6 +132,8 @@ def test_a_fraction_keeps_the_ratio_of_the_sides(size):
         data = encoded(picture, "JPEG", quality=95, exif=exif)
         plain = letterbox(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
         assert np.abs(np.asarray(plain, dtype=int) - np.asarray(letterbox(read_image(data)))).mean() < 2
+        part = read_image(data).crop((0, 0, 60, 20))
+        assert letterbox(part).tobytes() == letterbox(Image.fromarray(np.asarray(part))).tobytes()
 
 
 def bomb(width=30000, height=30000):
