@@ -1207,7 +1207,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any
     if not isinstance(payload, dict) or not {"format_version", *keys} <= payload.keys():
         raise UserError(f"{path} is no file of this program")
     if payload["format_version"] != version:
-        raise UserError(f"{path} has format {payload['format_version']}, this program reads {version}: train anew")
+        raise UserError(f"{path} has format {payload['format_version']}, this program reads {version}: made by another version of it")
     return payload
 
 
@@ -2190,8 +2190,11 @@ class Resume:
         if not self.path.exists():
             note(f"--resume: no {self.path}, training starts afresh")
             return None
-        saved = load_checked(self.path, self.VERSION, ("state", "history", "run_id", "seconds", "settings",
-                                                         "digest"))
+        try:
+            saved = load_checked(self.path, self.VERSION,
+                                 ("state", "history", "run_id", "seconds", "settings", "digest"))
+        except UserError as error:
+            raise UserError(f"--resume: {error}; train without --resume to start anew") from None
         changed = [f"--{name.replace('_', '-')} was {saved['settings'].get(name)}, is {value}"
                    for name, value in self.settings.items() if saved["settings"].get(name) != value]
         if changed or saved["digest"] != self.digest:

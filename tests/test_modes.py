@@ -161,6 +161,7 @@ def test_resume_with_nothing_or_a_damaged_file(capsys):
     before = open("digits_model.pth", "rb").read()
     code, _, err = run(capsys, "--mode", "train", *TINY, "--resume")
     assert code == 1 and "digits_model.pth.resume" in err and open("digits_model.pth", "rb").read() == before
+    assert "damaged" in err and "train without --resume" in err.splitlines()[-1]
 
 
 def test_stopped_after_the_last_epoch(capsys, monkeypatch):
