@@ -1207,7 +1207,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> dict[str, Any
     if not isinstance(payload, dict) or not {"format_version", *keys} <= payload.keys():
         raise UserError(f"{path} is no file of this program")
     if payload["format_version"] != version:
-        raise UserError(f"{path} has format {payload['format_version']}, this program reads {version}: made by another version of it")
+        raise UserError(f"{path} has format {payload['format_version']}, this program reads {version}: train anew")
     return payload
 
 
