@@ -2227,7 +2227,10 @@ class Training:
 
 def start_from(model: CifarNet, path: Path, class_names: tuple[str, ...]) -> None:
     """Weights and pixel statistics of a model file; in the last layer those of the classes that both know."""
-    saved = load_model(path)
+    try:
+        saved = load_model(path)
+    except UserError as error:
+        raise UserError(f"--init-from: {error}") from None
     weights, head = saved.model.state_dict(), model.head.weight.detach().clone()
     for row, name in enumerate(class_names):
         if name in saved.class_names and head.shape[1] == saved.model.head.in_features:

@@ -189,4 +189,4 @@ def test_init_from_another_network_says_which_flags(pets, trained, capsys):
         code, _, err = run(capsys, *QUICK, *flags, "--dataset", pets, "--init-from", trained)
         assert code == 1 and "--width 8 --depth 2" in err.splitlines()[-1]
     code, _, err = run(capsys, *QUICK, "--dataset", pets, "--init-from", "missing.pth")
-    assert code == 1 and "missing.pth" in err.splitlines()[-1]
+    assert code == 1 and "--init-from: missing.pth" in err.splitlines()[-1]
