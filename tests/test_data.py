@@ -1,6 +1,7 @@
 """Data sets, the tuned loader, samplers; downloads against a server of the test's own."""
 import functools
 import http.server
+import multiprocessing
 import os
 import tarfile
 import threading
@@ -204,18 +205,20 @@ def test_mirrors_are_tried_in_order(server, tmp_path, capsys):
     assert len(load_data(cifar(tmp_path / "new")).train) == 50                 # now without a server
 
 
-def test_two_that_download_into_one_folder_at_once(server, tmp_path):
-    found, both = [], threading.Barrier(2)
+def test_two_processes_that_download_into_one_folder_at_once(server, tmp_path):
+    fork = multiprocessing.get_context("fork")                     # the tiny files' md5 sums come along
+    found, both = fork.Queue(), fork.Barrier(2)
 
     def load():
         both.wait()
-        found.append(len(load_data(cifar(tmp_path / "new", data_url=(f"{server}/good.tar.gz",))).train))
-    threads = [threading.Thread(target=load) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [50, 50] and sorted(os.listdir(tmp_path / "new")) == ["cifar-10-batches-py"]
+        found.put(len(load_data(cifar(tmp_path / "new", data_url=(f"{server}/good.tar.gz",))).train))
+    processes = [fork.Process(target=load) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert [found.get(timeout=60) for _ in processes] == [50, 50]
+    for process in processes:
+        process.join()
+    assert sorted(os.listdir(tmp_path / "new")) == ["cifar-10-batches-py"]
 
 
 def test_damaged_file_is_replaced_where_a_mirror_has_it(server, tmp_path):
