@@ -164,18 +164,18 @@ def test_an_impossible_dataset_is_exit_2(capsys):
     assert stopped.value.code == 2 and "--dataset" in capsys.readouterr().err
 
 
-def weights_at_start(pets, monkeypatch, *flags):
+def weights_at_start(pets, *flags):
     """The network before its first update."""
     config = classifier.parse_config([*QUICK, "--dataset", str(pets), *map(str, flags)])
     data = load(pets)
     return classifier.build_training(config, data, classifier.Runtime(torch.device("cpu"))).state.model.state_dict()
 
 
-def test_init_from_takes_all_weights_and_the_last_layer_of_common_classes(pets, trained, tmp_path, monkeypatch):
+def test_init_from_takes_all_weights_and_the_last_layer_of_common_classes(pets, trained, tmp_path):
     saved = torch.load(trained, weights_only=True)
     torch.save(saved | {"class_names": ["ünï", *"abcdefghi"]}, tmp_path / "start.pth")
-    fresh = weights_at_start(pets, monkeypatch)
-    started = weights_at_start(pets, monkeypatch, "--init-from", tmp_path / "start.pth")
+    fresh = weights_at_start(pets)
+    started = weights_at_start(pets, "--init-from", tmp_path / "start.pth")
     for name, tensor in started.items():
         if name != "head.weight":
             assert torch.equal(tensor, saved["weights"][name]), name

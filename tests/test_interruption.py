@@ -94,7 +94,7 @@ def start(folder, *flags, **options):
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(tmp_path):
-    """SIGKILL at random moments, also while a file is written, until 50 have hit; each training ends as if none had."""
+    """SIGKILL at random moments until 50 have hit; each training ends as if none had."""
     out, err = start(tmp_path, "--model-path", "straight.pth").communicate()
     straight, draw, kills, finished = [json.loads(line) for line in out.splitlines()], random.Random(0), 0, 0
     assert len(straight) == 13, err

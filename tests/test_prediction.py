@@ -262,7 +262,10 @@ def test_what_the_network_saw_is_written(trained, album, tmp_path, capsys):
     assert code == 0 and names == {"00001-a-letterbox.png", "00002-ünï,code-letterbox.png"}        # 30 pixels high
     found = to_pixels(Image.open(tmp_path / "new" / "seen" / "00001-a-letterbox.png"))
     assert torch.equal(found, predict(album / "a.png", model_path=trained)[0].seen.views[0])
-    for used in (tmp_path / "new" / "seen", album / "a.png"):
+    long = album / f"{60 * 'ü'}{100 * 'a'}.png"                    # a stem of 220 bytes
+    noise(8, 8).save(long)
+    assert run(capsys, "--model-path", trained, "--image", long, "--save-inputs", tmp_path / "long")[0] == 0
+    for used in (tmp_path / "new" / "seen", album / "a.png", album / "a.png" / "below a file"):
         code, _, err = run(capsys, "--model-path", trained, "--image", album / "a.png", "--save-inputs", used)
         assert code == 1 and "--save-inputs" in err and len(err.splitlines()) == 1
 
