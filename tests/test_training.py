@@ -195,7 +195,7 @@ def test_shrink_against_pillow():
 
 
 def test_meter_against_numpy(cpu):
-    rng, meter, losses, correct = np.random.default_rng(0), Meter(), [], []
+    rng, meter, losses, correct = np.random.default_rng(0), Meter(3, cpu.device), [], []
     for size in (5, 5, 2):
         logits, labels = torch.tensor(rng.normal(size=(size, 3))).float(), torch.tensor(rng.integers(0, 3, size))
         meter.add(F.cross_entropy(logits, labels), logits, labels)
@@ -214,7 +214,7 @@ def test_data_wait_is_measured():
         for number in range(3):
             time.sleep(0.02)
             yield number
-    meter = Meter()
+    meter = Meter(3, torch.device("cpu"))
     assert list(meter.timed(slow())) == [0, 1, 2]
     assert 0.06 <= meter.wait_seconds < 0.5
 
