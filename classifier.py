@@ -321,7 +321,7 @@ def stop_signals() -> Iterator[None]:
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
         if hasattr(signal, "SIGCHLD"):  # torch's handler would turn workers that the same signal ended into an error
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, lambda *_: None)         # SIG_DFL: Python complains of one already on its way
         raise Stopped(signum)
 
     handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -403,6 +403,7 @@ class Runtime:
     amp_reason: str = ""
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0                # of the processes of this machine
     local_world_size: int = 1
 
     @property
@@ -422,14 +423,23 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_main(self, value: Any) -> Any:
+        """The main process's `value`, in every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main process does it alone, then the others, who find what it left on the disk."""
-        if not self.is_main:
-            dist.barrier()
-        yield
-        if self.is_main and self.world_size > 1:
-            dist.barrier()
+    def by_turns(self) -> Iterator[None]:
+        """The main process does it alone, then one process of each other machine, then the others, who find what these
+        left on the disk."""
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for now in range(3):
+            if now == turn:
+                yield
+            if self.world_size > 1 and now < 2:
+                dist.barrier()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -464,9 +474,16 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         if ":" in run.device:
             raise UserError(f"--device {run.device}: each process takes a device of its own under torchrun; say cuda")
         # Two hours: the others wait while the main process downloads.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        patience = datetime.timedelta(hours=2)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+        if local_world_size == world_size:
+            # torchrun's store still has what processes before a restart left there (pytorch/pytorch#135712); several
+            # machines count restarts each for itself.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=patience)
     try:
-        yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_world_size)
+        yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_rank, local_world_size)
         if world_size > 1:              # gloo's threads that still hold a Python tensor when Python ends abort the
             dist.barrier()              # process (pytorch/pytorch#179291); meanwhile they let go
     finally:
@@ -990,6 +1007,17 @@ def load_data(settings: DataSettings) -> ImageData:
     return data
 
 
+def load_everywhere(settings: DataSettings, runtime: Runtime) -> ImageData:
+    """The data set in every process; UserError where a machine's differs from the main process's."""
+    with runtime.by_turns():
+        data = load_data(settings)
+    digests = data.train.digest, data.evaluation.digest
+    if runtime.from_main(digests) != digests:
+        raise UserError(f"{platform.node()} has other images than the main process: bring --data-dir or --dataset to "
+                        f"the same state on all machines")
+    return data
+
+
 class Batch:
     """Images uint8 (B, 3, 32, 32), labels (B,) and indices (B,): iterating gives them as tensors.
 
@@ -1066,9 +1094,14 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers."""
+def start_worker(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the main process alone answers it and ends its workers. A worker that is
+    left alone would wait for ever to hand its batches over, and ends too."""
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def loader_options(num_workers: int | None, runtime: Runtime) -> dict[str, Any]:
@@ -1083,7 +1116,7 @@ def loader_options(num_workers: int | None, runtime: Runtime) -> dict[str, Any]:
 
 def build_loader(split: Split, sampler: BatchSampler, options: dict[str, Any]) -> DataLoader:
     """The loader of whole batches, so that there is nothing to collate."""
-    return DataLoader(ImageBatches(split), batch_sampler=sampler, collate_fn=as_it_is, worker_init_fn=ignore_interrupt,
+    return DataLoader(ImageBatches(split), batch_sampler=sampler, collate_fn=as_it_is, worker_init_fn=start_worker,
                       **options)
 
 
@@ -1348,6 +1381,7 @@ def resolved_settings(config: Config, runtime: Runtime, options: dict[str, Any],
         "run_device": device_name(runtime.device),
         "run_threads": torch.get_num_threads(),
         "run_world_size": runtime.world_size,
+        "run_backend": dist.get_backend() if runtime.world_size > 1 else "none",
         **{f"run_{name}": options.get(name, "none") for name in
            ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")},
         "run_non_blocking": runtime.device.type == "cuda",
@@ -2325,7 +2359,7 @@ def train_seed(config: Config, data: ImageData, runtime: Runtime, keep: bool, pa
     keep = keep and runtime.is_main
     training, resume = build_training(config, data, runtime), Resume(config, data, runtime)
     state, history, run_id, evaluation = training.state, [], None, None
-    if config.train.resume and (saved := resume.load()):
+    if config.train.resume and (saved := runtime.from_main(resume.load() if runtime.is_main else None)):
         state.load_state_dict(saved["state"])
         history, run_id, began = saved["history"], saved["run_id"], began - saved["seconds"]
         note(f"going on after epoch {state.epoch} of {epochs}")
@@ -2381,8 +2415,7 @@ def run_train(config: Config, runtime: Runtime) -> int:
     note(command_line(config))
     seeds = range(config.run.seed, config.run.seed + config.train.repeats)
     with reserve_model_path(config.model_path) if runtime.is_main else contextlib.nullcontext():
-        with runtime.main_first():
-            data = load_data(config.data)
+        data = load_everywhere(config.data, runtime)
         if len(seeds) == 1:
             result = train_seed(config, data, runtime, keep=True)
             return 0 if result["model_path"] in (str(config.model_path), None) else 1
@@ -2424,8 +2457,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     config = as_trained(config, saved)
     dtype, reason = pick_amp_dtype(runtime.device, config.run.amp)
     runtime = replace(runtime, amp_dtype=dtype, amp_reason=reason)
-    with runtime.main_first():
-        data = load_data(config.data)
+    data = load_everywhere(config.data, runtime)
     if data.class_names != saved.class_names:
         raise UserError(f"{config.model_path} knows other classes than {data.name}: {', '.join(saved.class_names)}")
     compile = pick_compile(config.run.compile, runtime.device, one_off=True)
@@ -2911,6 +2943,10 @@ def main(argv: list[str] | None = None) -> int:
               f"{2 * config.train.accumulate_grad_steps}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"classifier.py: the processes lost each other, the first that ended says why: {first_line(error)}",
+                  file=sys.stderr)
+            return 1
         if "DataLoader worker" not in str(error):
             raise                                                  # a bug keeps its traceback
         print(f"classifier.py: {first_line(error)}; most often memory or /dev/shm is short: go on with "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -133,3 +134,14 @@ def test_a_file_size_limit_while_saving(tmp_path):
     assert process.returncode == 1 and len(out.splitlines()) == 12, err
     assert err.count("training goes on") == 13 and "could not be written" in err.splitlines()[-1]
     assert "Traceback" not in err and os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_no_workers(tmp_path):
+    """Two workers whose batches nobody takes any more."""
+    process = start(tmp_path, "--epochs", "4000", "--num-workers", "2", "--batch-size", "128")
+    assert json.loads(process.stdout.readline())["epoch"] == 1
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    assert not psutil.wait_procs(workers, 10)[1]
