@@ -511,7 +511,7 @@ def accelerate(model: nn.Module, runtime: Runtime, compile: tuple[bool, str], ex
                memory_format: torch.memory_format = torch.channels_last) -> tuple[nn.Module, CompileReport]:
     """What to call in place of `model`: on the device, channels-last, compiled if asked for and if it works.
 
-    torch.compile is lazy and fails at the first call, so that call is made here, on `example` (uint8 images),
+    torch.compile is lazy and fails at the first call, so that call is made here, on `example` (images),
     in the mode (train or eval) that the model is in. It leaves weights, BatchNorm statistics and random state as
     they were, and no gradients. The result shares the model's weights.
     """
@@ -524,7 +524,8 @@ def accelerate(model: nn.Module, runtime: Runtime, compile: tuple[bool, str], ex
     try:
         devices = [runtime.device] if runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode(not model.training):
-            net = torch.compile(model)
+            # Training has four shapes, each compiled in 8 s here; one for any shape took 35 s and more.
+            net = torch.compile(model, dynamic=False if model.training else None)
             with runtime.autocast():
                 logits = net(*runtime.move(example))
             if model.training:
@@ -2293,7 +2294,7 @@ def build_training(config: Config, data: ImageData, runtime: Runtime) -> Trainin
         start_from(model, Path(settings.init_from), data.class_names)
     options = loader_options(config.data.num_workers, runtime)
     loader = build_loader(data.train, sampler, options)
-    example = data.train.images[:min(sampler.share(count), sampler.batch_size)]
+    example = shrink(data.train.images[:min(sampler.share(count), sampler.batch_size)], settings.start_size)
     net, report = accelerate(model.train(), runtime, pick_compile(config.run.compile, runtime.device, False), example)
     optimizer = build_optimizer(model, settings, effective_batch(settings, runtime))
     total = sum(math.ceil(sampler.batches(images_of_epoch(epoch, settings, count)) / settings.accumulate_grad_steps)
