@@ -310,15 +310,20 @@ def test_two_machines(tmp_path, straight):
     assert same(weights(folders[0] / "digits_model.pth"), weights(straight))
 
 
-def test_two_agents_meet_at_an_endpoint(tmp_path):
-    """torch's c10d rendezvous, as on machines that share a disk."""
+def test_two_agents_meet_at_an_endpoint(tmp_path, straight, monkeypatch):
+    """torch's c10d rendezvous, as on machines that share a disk; a process is killed, and both agents restart theirs."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = agents([tmp_path, tmp_path], ["--mode", "train", *TINY, "--json"], lambda _: [
-        "--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", f"127.0.0.1:{port}"])
+    both = agents([tmp_path, tmp_path], ["--mode", "train", *TINY, "--epochs", EPOCHS, "--json", "--resume"], lambda _: [
+        "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", f"127.0.0.1:{port}"])
+    wait_for(lambda: 3 in both[0].epochs())
+    both[1].ranks()[0].kill()
     assert [each.agent.wait(120) for each in both] == [0, 0], both[0].err()
-    assert both[0].epochs() == [1, 2]
+    epochs = both[0].epochs()
+    assert epochs[0] == 1 and epochs[-1] == EPOCHS and {b - a for a, b in zip(epochs, epochs[1:])} <= {0, 1}
+    assert same(weights(tmp_path / "digits_model.pth"), weights(straight))
 
 
 def test_machines_with_other_data_are_refused(tmp_path):

@@ -12,7 +12,9 @@ TEXTS["--help"] = (ROOT / "classifier.py").read_text().split('"""')[1]
 COMMANDS = sorted({(name, match) for name, text in TEXTS.items()
                    for match in re.findall(r"(?:python|torchrun [^\n`]*?) ?classifier\.py ([^`#|\n]*)", text)})
 FLAGS = {"--" + name.replace("_", "-") for name in Config().flat()}
-FOREIGN = {"--backend-store-uri", "--env-manager", "--port", "--nproc-per-node", "--help"}
+FOREIGN = {"--backend-store-uri", "--env-manager", "--port", "--help", "--nproc-per-node", "--nnodes", "--max-restarts",
+           "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nodes", "--ntasks-per-node", "--gpus-per-node",
+           "--cpus-per-task"}
 
 
 @pytest.mark.parametrize("name,words", COMMANDS, ids=lambda text: text.strip())
