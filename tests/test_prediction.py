@@ -1,5 +1,6 @@
 """The cached predictor: one load, right answers, from any thread; and `--mode predict`."""
 import io
+import math
 import json
 import os
 import re
@@ -103,40 +104,56 @@ def softened(image):
     return whole
 
 
-def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved, digits):
+@pytest.mark.parametrize("margin", [math.inf, -1])
+def test_unsure_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved, digits, monkeypatch, margin):
+    monkeypatch.setattr(classifier, "SQUARES_MARGIN", margin)
     photo, predictor = Image.open(io.BytesIO(encoded(noise(200, 100)))), cached_model(saved(mirrors=True))
-    views = [letterbox(photo), photo.resize((32, 32), Image.Resampling.LANCZOS, (50, 0, 150, 100)),
-             photo.resize((32, 32), Image.Resampling.LANCZOS, (57.5, 7.5, 142.5, 92.5))]
-    views = torch.stack([softened(view) for view in views])
+    views = [letterbox(photo), photo.resize((40, 40), Image.Resampling.LANCZOS, (50, 0, 150, 100), 2.0),
+             photo.resize((40, 40), Image.Resampling.LANCZOS, (57.5, 7.5, 142.5, 92.5), 2.0)]
+    views = [softened(view) for view in views]
     views[1] = views[1].flip(2)
     answer = predict(photo, model_path=saved(mirrors=True), top_k=10)[0]
-    assert (answer.seen.views.int() - views.int()).abs().max() <= 1                # rounding of halves
-    each = predictor.probabilities(answer.seen.views, tta=False)
+    for found, view in zip(answer.seen.views, views, strict=True):
+        assert (found.int() - view.int()).abs().max() <= 1                         # rounding of halves
+    each = torch.cat([predictor.probabilities(view[None], tta=False) for view in answer.seen.views])
     assert not torch.allclose(each[0], each[1], atol=1e-3)
-    for tta, expected in ((True, each.mean(0)), (False, each[0])):
+    mean = each.log().mean(0).softmax(0)                                           # that of logits, but for a constant
+    for tta, expected in ((True, mean if margin > 0 else each[0]), (False, each[0])):
         by_name = dict(predict(photo, model_path=saved(mirrors=True), top_k=10, tta=tta)[0].top)
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("size, expected", [((32, 32), 1), ((500, 32), 1), ((33, 40), 2), ((46, 50), 3)])
+def test_pictures_with_and_without_squares_in_one_batch(saved, monkeypatch):
+    monkeypatch.setattr(classifier, "SQUARES_MARGIN", math.inf)
+    pictures = [noise(90, 70), noise(40, 35), noise(120, 60), noise(32, 32)]
+    together = predict(pictures, model_path=saved(mirrors=True), top_k=10)
+    assert [len(each.seen.views) for each in together] == [3, 1, 3, 1]
+    for picture, answer in zip(pictures, together):
+        alone = predict(picture, model_path=saved(mirrors=True), top_k=10)[0]
+        assert dict(alone.top) == pytest.approx(dict(answer.top), abs=1e-2)
+
+
+@pytest.mark.parametrize("size, expected", [((32, 32), 1), ((500, 32), 1), ((500, 47), 1), ((48, 50), 3)])
 def test_no_square_is_enlarged(size, expected):
     found = classifier.framings(Image.new("RGB", size), True, True)
-    assert len(found) == expected and {each.size for each in found} == {(32, 32)}
+    assert [each.size for each in found] == [(32, 32), (40, 40), (40, 40)][:expected]
     assert len(classifier.framings(Image.new("RGB", size), False, True)) == 1
 
 
 def test_digits_are_not_mirrored():
     photo = noise(100, 100)
     for mirrors in (False, True):
-        views = classifier.framings(photo, True, mirrors)
-        assert (views[0].tobytes() == views[1].tobytes()) is not mirrors           # a square photo: both see all of it
+        square = classifier.framings(photo, True, mirrors)[1]
+        expected = letterbox(photo, classifier.SQUARE_SIZE).filter(classifier.SOFTEN)          # both see all of it
+        assert (square.tobytes() == expected.tobytes()) is not mirrors
 
 
 def test_a_picture_of_the_networks_size_reaches_it_bit_for_bit(trained, tmp_path, digits):
     picture = noise(32, 32)
     picture.save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", encoded(picture), picture):
-        assert torch.equal(predict(source, model_path=trained)[0].seen.views, to_pixels(picture)[None])
+        seen, = predict(source, model_path=trained)[0].seen.views
+        assert torch.equal(seen, to_pixels(picture))
 
 
 def test_batch_equals_singles(trained, digits):
