@@ -1,12 +1,15 @@
 """Devices, precision, CPUs that may be used, signals, and a compile fallback that works."""
+import copy
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 import classifier
-from classifier import ModelSettings, Stopped, UserError, accelerate, build_model, pick_amp_dtype, pick_compile, pick_device
+from classifier import (ModelSettings, Stopped, UserError, accelerate, build_model, pick_amp_dtype, pick_compile,
+                        pick_device, pixel_statistics)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -90,6 +93,19 @@ def test_failed_compile_leaves_everything_as_it_was(monkeypatch, cpu, capsys):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(random, torch.get_rng_state())
     assert "torch.compile failed" in capsys.readouterr().err
+
+
+def test_weights_cast_beforehand_give_what_autocast_gives(cpu):
+    runtime = replace(cpu, amp_dtype=torch.bfloat16)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    for training in (True, False):
+        model = build_model(ModelSettings(width=4), 10, pixel_statistics(images)).train(training)
+        with torch.inference_mode(), runtime.autocast():
+            expected = copy.deepcopy(model)(images)
+            net, _ = accelerate(model, runtime, (False, ""), images)
+            assert torch.equal(net(images), expected)
+        assert expected.std(0).min() > 0 and net.head.weight.dtype == (torch.float32 if training else torch.bfloat16)
+        assert net.blocks[0].norms[0].running_var.dtype == torch.float32
 
 
 @pytest.mark.slow
