@@ -71,10 +71,10 @@ CALIBRATION_BINS = 15              # as in Guo et al. 2017, arXiv:1706.04599
 SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))              # see `framings`
 CENTRE_SQUARES = (1.0, 0.85)       # sides of the squares in the middle of a photo that TTA adds, in its short sides
 SQUARE_SIZE = 40                   # their pixels: of 110 photos 83 are named right, 79 at 32 (four networks)
-SQUARES_MARGIN = 3.0               # as TTA_MARGIN, of photos: 85 are named right, as by averaging all; at 2.0 83 (two networks)
 REDUCING_GAP = 2.0                 # Pillow averages whole pixels down to twice the target before LANCZOS: half the time
 MAX_PIXELS = 25_000_000            # of a picture as decoded, which for a big JPEG is a fraction: 1 s, 1 GB in all
 TTA_MARGIN = 2.0                   # on 5,000 held-out images 27 % were below, and the accuracy that of averaging all
+SQUARES_MARGIN = 3.0               # the same for photos: 85 of 110 named right, as by averaging all; at 2.0 83
 PREDICTION_BATCH = 64              # pictures a call of the network; as many more are decoded meanwhile
 SPLIT_SEED = 10                    # the held-out images must not depend on `--seed`
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
@@ -253,6 +253,7 @@ def add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any,
 def parse_config(argv: list[str] | None = None) -> Config:
     """The command line as a checked `Config`; exits with 2 and the flag's name where it is impossible."""
     parser = argparse.ArgumentParser(prog="classifier.py", allow_abbrev=False, description=__doc__,
+                                     usage="%(prog)s --mode MODE [flags]; --help explains them",    # else 25 lines
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = get_type_hints(Config)
     for part in parts.values():
