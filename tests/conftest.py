@@ -1,14 +1,20 @@
 """Fixtures: a tiny CIFAR-10 in its real file format, a CPU runtime, a trained model, and the command line."""
+
 import hashlib
+import io
+import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -16,8 +22,89 @@ import classifier  # noqa: E402
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # Digits and a narrow network: a training of these takes about a second.
-TINY = ["--dataset", "digits", "--width", "8", "--limit-images", "320", "--epochs", "2", "--batch-size", "32",
-        "--num-workers", "0", "--device", "cpu", "--no-mlflow"]
+TINY = [
+    "--dataset",
+    "digits",
+    "--width",
+    "8",
+    "--limit-images",
+    "320",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "32",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+    "--no-mlflow",
+]
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of `main` with these words."""
+    code = classifier.main([str(each) for each in argv])
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def rows(out):
+    """The JSON Lines in `out`."""
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def same(a, b):
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def interrupted(monkeypatch, capsys, *argv, after=2):
+    """A training that is stopped in the epoch that follows `after`."""
+    real, epochs = classifier.train_epoch, []
+
+    def stopping(state, *args):
+        if len(epochs) == after:
+            raise classifier.Stopped(15)
+        epochs.append(state.epoch)
+        return real(state, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "train_epoch", stopping)
+        return run(capsys, "--mode", "train", *argv)
+
+
+def runs_of(database, experiment="digits"):
+    """MLflow's client, the experiment and its runs, oldest first."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{database}")
+    found = client.get_experiment_by_name(experiment)
+    order = ["attributes.start_time ASC"]
+    return client, found, client.search_runs([found.experiment_id], order_by=order)
+
+
+def encoded(image, kind="PNG", **options):
+    """The bytes of a picture's file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(width, height, mode="RGB"):
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.frombytes(mode, (width, height), values.tobytes())
+
+
+def bomb(width=30000, height=30000):
+    """A PNG that claims this size."""
+    header = encoded(Image.new("1", (1, 1)))
+    start = header.index(b"IHDR")
+    chunk = b"IHDR" + struct.pack(">II", width, height) + header[start + 12 : start + 17]
+    return header[:start] + chunk + struct.pack(">I", zlib.crc32(chunk)) + header[start + 21 :]
 
 
 def pytest_configure(config):
@@ -45,7 +132,7 @@ def own_folder(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     yield
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-        del os.environ[name]            # MLflow's own, which the next module's fixtures would find
+        del os.environ[name]  # MLflow's own, which the next module's fixtures would find
 
 
 @pytest.fixture
@@ -60,7 +147,9 @@ def write_tiny_cifar(root: Path, per_file: int = 10) -> dict[str, str]:
     rng, sums = np.random.default_rng(0), {}
     for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
         labels = [number % 10 for number in range(per_file)]
-        colours = np.array([[25 * label, 255 - 25 * label, 128] for label in labels]).repeat(1024, 1)
+        colours = np.array([[25 * label, 255 - 25 * label, 128] for label in labels]).repeat(
+            1024, 1
+        )
         data = (colours + rng.integers(-20, 20, colours.shape)).clip(0, 255).astype(np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
@@ -73,9 +162,12 @@ def write_tiny_cifar(root: Path, per_file: int = 10) -> dict[str, str]:
 def tiny_cifar(tmp_path, monkeypatch):
     """A data folder with the tiny files; torchvision's md5 check stays on, with their sums."""
     from torchvision.datasets import CIFAR10
+
     root = tmp_path / "tiny"
     sums = write_tiny_cifar(root)
-    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[name, sums[name]] for name, _ in CIFAR10.train_list]
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [[name, sums[name]] for name, _ in CIFAR10.test_list])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
     return root
@@ -85,18 +177,37 @@ def tiny_cifar(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """A model file of digits, trained for a moment."""
     path = tmp_path_factory.mktemp("trained") / "model.pth"
-    assert classifier.main(["--mode", "train", *TINY, "--epochs", "15", "--cutout", "0", "--letterbox-share", "0",
-                            "--model-path", str(path)]) == 0
+    assert (
+        classifier.main(
+            [
+                "--mode",
+                "train",
+                *TINY,
+                "--epochs",
+                "15",
+                "--cutout",
+                "0",
+                "--letterbox-share",
+                "0",
+                "--model-path",
+                str(path),
+            ]
+        )
+        == 0
+    )
     return path
 
 
 @pytest.fixture
 def cli(tmp_path):
     """Runs classifier.py as its user does, in the test's folder."""
-    def run(*argv, env=None, timeout=300, **options):
-        return subprocess.run([sys.executable, str(ROOT / "classifier.py"), *map(str, argv)], cwd=tmp_path, text=True,
-                              capture_output=True, env=os.environ | (env or {}), timeout=timeout, **options)
-    return run
+
+    def start(*argv, env=None, timeout=600, **options):
+        command = [sys.executable, str(ROOT / "classifier.py"), *map(str, argv)]
+        options |= {"text": True, "capture_output": True, "timeout": timeout}
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | (env or {}), **options)
+
+    return start
 
 
 @pytest.fixture(scope="session")

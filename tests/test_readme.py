@@ -1,4 +1,5 @@
 """What the documents tell people to type exists."""
+
 import re
 import shlex
 
@@ -9,12 +10,26 @@ from classifier import Config, parse_config
 
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "OPTIMIZATIONS.md")}
 TEXTS["--help"] = (ROOT / "classifier.py").read_text().split('"""')[1]
-COMMANDS = sorted({(name, match) for name, text in TEXTS.items()
-                   for match in re.findall(r"(?:python|torchrun [^\n`]*?) ?classifier\.py ([^`#|\n]*)", text)})
+COMMANDS = sorted(
+    {
+        (name, match)
+        for name, text in TEXTS.items()
+        for match in re.findall(r"(?:python|torchrun [^\n`]*?) ?classifier\.py ([^`#|\n]*)", text)
+    }
+)
 FLAGS = {"--" + name.replace("_", "-") for name in Config().flat()}
-FOREIGN = {"--backend-store-uri", "--env-manager", "--port", "--help", "--nproc-per-node", "--nnodes", "--max-restarts",
-           "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nodes", "--ntasks-per-node", "--gpus-per-node",
-           "--cpus-per-task"}
+FOREIGN = {
+    "--backend-store-uri",
+    "--env-manager",
+    "--port",
+    "--help",
+    "--nproc-per-node",
+    "--nnodes",
+    "--max-restarts",
+    "--rdzv-backend",
+    "--rdzv-id",
+    "--rdzv-endpoint",
+}
 
 
 @pytest.mark.parametrize("name,words", COMMANDS, ids=lambda text: text.strip())
@@ -31,11 +46,24 @@ def test_flags_exist(name):
     assert COMMANDS
 
 
+@pytest.mark.parametrize("name,most", [("README.md", 200), ("OPTIMIZATIONS.md", 230)])
+def test_documents_stay_short(name, most):
+    assert len(TEXTS[name].splitlines()) <= most
+
+
 def test_no_unfilled_figure():
-    assert not [found for text in TEXTS.values() for found in re.findall(r"@[A-Z]+@", text)]
+    assert not [found for text in TEXTS.values() for found in re.findall(r"@[A-Z]+@|CLAIM", text)]
+
+
+def test_pictures_are_there_and_small():
+    named = re.findall(r"\]\((\.github/[^)]+)\)", TEXTS["README.md"])
+    assert len(named) <= 5
+    assert all((ROOT / name).stat().st_size < 200_000 for name in named)
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
     pattern = re.search(r"grep -m 1 '(.*)' README", (ROOT / ".ci" / "run").read_text()).group(1)
-    assert re.search(pattern, TEXTS["README.md"], re.MULTILINE).group() == \
-        "pip install -r requirements.txt && python -m pytest"
+    assert (
+        re.search(pattern, TEXTS["README.md"], re.MULTILINE).group()
+        == "pip install -r requirements.txt && python -m pytest"
+    )

@@ -1,17 +1,46 @@
-"""Devices, precision, CPUs that may be used, signals, and a compile fallback that works."""
+"""Devices, precision, CPUs that may be used, signals, locks, and a compile fallback that works."""
+
 import copy
+import errno
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 
+import filelock
 import pytest
 import torch
+from conftest import TINY, rows, same, weights
 
 import classifier
-from classifier import (ModelSettings, Stopped, UserError, accelerate, build_model, pick_amp_dtype, pick_compile,
-                        pick_device, pixel_statistics)
+from classifier import (
+    CifarNet,
+    RunSettings,
+    Stopped,
+    UserError,
+    accelerate,
+    hold_lock,
+    open_runtime,
+    pick_amp_dtype,
+    pick_compile,
+    pick_device,
+    pixel_statistics,
+    signals_held_back,
+    stop_signals,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What torch says where there are two CUDA devices."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 def test_absent_cuda_is_an_error_that_names_the_flag(monkeypatch):
@@ -20,20 +49,38 @@ def test_absent_cuda_is_an_error_that_names_the_flag(monkeypatch):
         pick_device("cuda")
 
 
-def test_auto_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_auto_device(two_gpus):
     assert pick_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert pick_device("cuda:1", local_rank=0) == torch.device("cuda", 1)
     assert pick_device("cpu") == CPU
-    with pytest.raises(UserError, match="device 2 is wanted and 2"):
+    with pytest.raises(UserError, match="no device 2, 2 CUDA devices"):
         pick_device("auto", local_rank=2)
 
 
-@pytest.mark.parametrize("device,amp,native,expected", [
-    (CUDA, None, False, torch.float16), (CUDA, False, False, None), (CPU, None, True, torch.bfloat16),
-    (CPU, None, False, None), (CPU, True, False, torch.bfloat16), (CPU, False, True, None)])
+@pytest.mark.parametrize("mode,tunes", [("train", True), ("evaluate", False), ("predict", False)])
+def test_cudnn_tunes_for_training_only(two_gpus, monkeypatch, mode, tunes):
+    """It tries algorithms for each new shape, of which evaluation and prediction have many."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tunes)
+    with open_runtime(RunSettings(mode=mode, device="cuda")) as runtime:
+        assert torch.backends.cudnn.benchmark is tunes
+        assert (runtime.device, runtime.amp_dtype) == (CUDA, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "device,amp,native,expected",
+    [
+        (CUDA, None, False, torch.float16),
+        (CUDA, False, False, None),
+        (CPU, None, True, torch.bfloat16),
+        (CPU, None, False, None),
+        (CPU, True, False, torch.bfloat16),
+        (CPU, False, True, None),
+        (torch.device("mps"), None, False, None),
+    ],
+)
 def test_amp_dtype(monkeypatch, device, amp, native, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+    capabilities = {"avx512_bf16": native}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     dtype, reason = pick_amp_dtype(device, amp)
     assert dtype == expected and reason
 
@@ -42,12 +89,20 @@ def test_compile_is_automatic_on_cuda_only():
     assert [pick_compile(None, device, False)[0] for device in (CUDA, CPU)] == [True, False]
     assert pick_compile(None, CUDA, one_off=True)[0] is False
     assert pick_compile(True, CPU, one_off=True)[0] is True
+    assert pick_compile(False, CUDA, one_off=False)[0] is False
 
 
-@pytest.mark.parametrize("files,expected", [
-    ({"cpu.max": "200000 100000"}, 2.0), ({"cpu.max": "150000 100000"}, 1.5), ({"cpu.max": "max 100000"}, float("inf")),
-    ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
-    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")), ({}, float("inf"))])
+@pytest.mark.parametrize(
+    "files,expected",
+    [
+        ({"cpu.max": "200000 100000"}, 2.0),
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, float("inf")),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+        ({}, float("inf")),
+    ],
+)
 def test_container_quota(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -64,68 +119,189 @@ def test_usable_cpus_takes_the_smallest_limit(monkeypatch):
     assert classifier.usable_cpus() == 1
 
 
+# --- Signals --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_raises_and_handlers_come_back(number):
     before = signal.getsignal(number)
-    with pytest.raises(Stopped) as stopped, classifier.stop_signals():
+    with pytest.raises(Stopped) as stopped, stop_signals():
         os.kill(os.getpid(), number)
         signal.pause()
     assert stopped.value.signum == number
     assert signal.getsignal(number) == before
 
 
+@pytest.fixture
+def another_thread():
+    """One that waits; a process that computes has several."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    yield thread
+    over.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_block_is_over(another_thread, number):
+    """Also where the system hands it to another thread than the one that is in the block."""
+    done = []
+    with pytest.raises(Stopped) as stopped, stop_signals():
+        with signals_held_back():
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # until it has arrived
+            done.append("block")
+        done.append("after")
+    assert done == ["block"] and stopped.value.signum == number
+
+
+def test_signals_are_as_before_after_a_block_that_failed():
+    before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(ValueError), signals_held_back():
+        raise ValueError
+    after = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert after == before
+
+
+def test_signals_can_be_held_back_in_a_thread():
+    """Python's handlers can be set in the main thread only."""
+    done = []
+
+    def work():
+        with signals_held_back():
+            done.append("block")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == ["block"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_child_that_starts_in_the_block_gets_no_signals():
+    """The benchmark's: Ctrl-C is for the process that started it."""
+    with signals_held_back():
+        status = subprocess.check_output(["cat", "/proc/self/status"], text=True)
+    blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
+
+
+# --- Locks ----------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_held_by_one_at_a_time_and_leaves_no_file(tmp_path):
+    path = tmp_path / ".lock"
+    refused = pytest.raises(UserError, match="taken")
+    with hold_lock(path, 0, "taken"), refused, hold_lock(path, 0, "taken"):
+        pytest.fail("two hold it")
+    with hold_lock(path, 0, "taken"):
+        assert path.exists()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("timeout", [0, -1])
+def test_a_disk_without_locks_is_used_without_them(tmp_path, monkeypatch, capsys, number, timeout):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    done = []
+    with hold_lock(tmp_path / ".lock", timeout, "taken"):
+        done.append("block")
+    assert done == ["block"]
+    assert f"cannot be locked ([Errno {number}]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError("none")])
+def test_any_error_of_the_lock_is_a_line(tmp_path, monkeypatch, capsys, error):
+    def acquire(*_):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with hold_lock(tmp_path / ".lock", 0, "taken"):
+        assert f"{tmp_path}/.lock cannot be locked" in capsys.readouterr().err
+
+
+# --- Compiled networks ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def model(images):
+    torch.manual_seed(0)
+    return CifarNet(4, 10, pixel_statistics(images))
+
+
 def failing_compile(model, **_):
     def first_call(*_):
-        model.blocks[0].norms[0].running_mean += 1
+        model.blocks[0].norm1.running_mean += 1
         torch.rand(3)
         raise RuntimeError("no C++ compiler\nmore")
+
     return first_call
 
 
-def test_failed_compile_leaves_everything_as_it_was(monkeypatch, cpu, capsys):
+def test_failed_compile_leaves_everything_as_it_was(monkeypatch, cpu, capsys, model, images):
     monkeypatch.setattr(torch, "compile", failing_compile)
-    model = build_model(ModelSettings(width=4), 10).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    random = torch.get_rng_state()
-    net, report = accelerate(model, cpu, (True, "--compile"), torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    net, report = accelerate(model.train(), cpu, (True, "--compile"), images)
     assert net is model and not report.active and "no C++ compiler" in report.reason
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert same(before, model.state_dict())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(random, torch.get_rng_state())
     assert "torch.compile failed" in capsys.readouterr().err
 
 
-def test_weights_cast_beforehand_give_what_autocast_gives(cpu):
+def test_a_compile_that_works_leaves_weights_and_random_state(monkeypatch, cpu, model, images):
+    """The first call is a training step without its update."""
+    calls = []
+
+    def compile(model, dynamic):
+        calls.append(dynamic)
+        return lambda inputs: model(inputs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    net, report = accelerate(model.train(), cpu, (True, "--compile"), images)
+    assert net is not model and report.active and calls == [False]
+    assert same(before, model.state_dict()) and torch.equal(random, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_cast_beforehand_give_what_autocast_gives(cpu, model, images, training):
     runtime = replace(cpu, amp_dtype=torch.bfloat16)
-    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    for training in (True, False):
-        model = build_model(ModelSettings(width=4), 10, pixel_statistics(images)).train(training)
-        with torch.inference_mode(), runtime.autocast():
-            expected = copy.deepcopy(model)(images)
-            net, _ = accelerate(model, runtime, (False, ""), images)
-            assert torch.equal(net(images), expected)
-        assert expected.std(0).min() > 0 and net.head.weight.dtype == (torch.float32 if training else torch.bfloat16)
-        assert net.blocks[0].norms[0].running_var.dtype == torch.float32
+    model.train(training)
+    with torch.inference_mode(), runtime.autocast():
+        expected = copy.deepcopy(model)(images)
+        net, _ = accelerate(model, runtime, (False, ""), images)
+        assert torch.equal(net(images), expected)
+    cast = torch.float32 if training else torch.bfloat16
+    assert expected.std(0).min() > 0 and net.head.weight.dtype == cast
+    assert net.blocks[0].norm1.running_var.dtype == torch.float32
 
 
 @pytest.mark.slow
-def test_compiled_training_without_a_compiler_trains_the_same(cli, tmp_path):
-    from conftest import TINY
+def test_compiled_training_without_a_compiler_trains_the_same(cli):
     train = ["--mode", "train", *TINY, "--epochs", "1", "--model-path"]
     assert cli(*train, "a.pth").returncode == 0
-    done = cli(*train, "b.pth", "--compile", env={"CXX": "/nonexistent/c++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+    no_compiler = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = cli(*train, "b.pth", "--compile", env=no_compiler)
     assert done.returncode == 0, done.stderr
     assert "torch.compile failed" in done.stderr
-    a, b = (torch.load(tmp_path / name, weights_only=True)["weights"] for name in ("a.pth", "b.pth"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same(weights("a.pth"), weights("b.pth"))
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager_and_saves_clean_names(cpu):
-    torch.manual_seed(0)
-    model = build_model(ModelSettings(width=8), 10).eval()
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    net, report = accelerate(model, cpu, (True, "--compile"), images)
+def test_compiled_equals_eager_and_saves_clean_names(cpu, model, images):
+    net, report = accelerate(model.eval(), cpu, (True, "--compile"), images)
     assert report.active, report.reason
     with torch.inference_mode():
         assert (net(images) - model(images)).abs().max() < 1e-4
@@ -135,11 +311,10 @@ def test_compiled_equals_eager_and_saves_clean_names(cpu):
 @pytest.mark.slow
 def test_compiled_training_in_bfloat16_follows_eager_training(cli):
     """Its gradients were once not a number where eager ones were fine."""
-    import json
-
-    from conftest import TINY
-    flags = ["--mode", "train", *TINY, "--epochs", "1", "--amp", "--json", "--cutout", "0", "--letterbox-share", "0"]
+    plain = ["--cutout", "0", "--letterbox-share", "0", "--start-size", "32"]
+    flags = ["--mode", "train", *TINY, "--epochs", "1", "--amp", "--json", *plain]
+    flags += ["--limit-images", "96"]
     eager, compiled = (cli(*flags, *more) for more in ([], ["--compile"]))
     assert compiled.returncode == 0 and "compiled: True" in compiled.stderr, compiled.stderr
-    losses = [json.loads(done.stdout.splitlines()[0])["train_loss"] for done in (eager, compiled)]
+    losses = [rows(done.stdout)[0]["train_loss"] for done in (eager, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -1,15 +1,60 @@
 """Flags and settings: one of each, checked before any work."""
+
+import re
+import shlex
+from collections import Counter
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 
 import classifier
-from classifier import Config, command_line, parse_config, redact
+from classifier import (
+    Config,
+    RecipeSettings,
+    command_line,
+    default_run_name,
+    parse_config,
+    redact,
+)
 
-PARTS = [getattr(Config(), field.name) for field in fields(Config)]
-FIELDS = [(field, getattr(part, field.name)) for part in PARTS for field in fields(part)]
-SAMPLES = {"mode": "predict", "device": "cpu", "dataset": "digits", "image": ("a.png", "b.png"), "start_size": 24,
-           "data_url": ("http://a/", "http://b/")}
+PARTS = [getattr(Config(), part.name) for part in fields(Config)]
+HINTS = {name: hint for part in PARTS for name, hint in get_type_hints(type(part)).items()}
+DEFAULTS = Config().flat()
+DAILY = {"--mode", "--model-path", "--epochs", "--batch-size", "--accumulate-grad-steps", "--amp"}
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def refusal(words, capsys):
+    """The line that `words` are refused with."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(words)
+    usage, line = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and usage.startswith("usage: ")
+    return line
+
+
+def help_lines(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def another_value(each):
+    """A valid value that is not the default, and the words that ask for it."""
+    name, default, hint = each.name, DEFAULTS[each.name], HINTS[each.name]
+    kinds = {hint, *get_args(hint)}
+    if bool in kinds:
+        return not default, [flag_of(name).replace("--", "--no-" if default else "--", 1)]
+    if isinstance(default, tuple):
+        return ("http://a/", "b"), [flag_of(name), "http://a/", "b"]
+    samples = {"mode": "evaluate", "device": "cpu", "dataset": "digits", "start_size": 24}
+    value = samples.get(name, 0.25 if float in kinds else 5 if int in kinds else "word")
+    return value, [flag_of(name), str(value)]
 
 
 def test_no_flags_is_the_default():
@@ -17,74 +62,177 @@ def test_no_flags_is_the_default():
 
 
 def test_names_are_unique_over_the_parts():
-    assert len(Config().flat()) == len(FIELDS)
+    assert len(DEFAULTS) == len(Config().fields()) == len(HINTS)
 
 
-@pytest.mark.parametrize("field,default", FIELDS, ids=lambda value: getattr(value, "name", ""))
-def test_each_field_is_one_flag_that_reaches_it(field, default, capsys):
-    flag = "--" + field.name.replace("_", "-")
-    if isinstance(default, bool) or field.name in ("amp", "compile", "flip"):
-        words, expected = [flag.replace("--", "--no-") if default else flag], not default
-    else:
-        expected = SAMPLES.get(field.name, 0.25 if isinstance(default, float) else
-                               3 if isinstance(default, int) or field.name == "num_workers" else "word")
-        words = [flag, *expected] if isinstance(expected, tuple) else [flag, str(expected)]
-    if expected == "predict":
-        words += ["--image", "x.png"]
-    assert parse_config(words).flat()[field.name] == expected
-    with pytest.raises(SystemExit):
-        parse_config(["--help"])
-    assert flag in capsys.readouterr().out
+@pytest.mark.parametrize("each", Config().fields(), ids=lambda each: each.name)
+def test_each_setting_is_one_flag_and_comes_back_from_the_command_line(each):
+    value, words = another_value(each)
+    config = parse_config(words)
+    assert config.flat() == DEFAULTS | {each.name: value}
+    again = shlex.split(command_line(config))[2:]
+    assert parse_config(again) == config
 
 
-@pytest.mark.parametrize("words", [
-    "--batch-size 0", "--epochs -1", "--epochs 0", "--accumulate-grad-steps 0", "--top-k 0", "--threshold 1.5",
-    "--threshold nan", "--lr 0", "--lr nan", "--lr inf", "--num-workers -1", "--epochs two", "--mode guess",
-    "--device tpu", "--dataset mnist", "--frobnicate", "--epoch 3", "--freeze-after 2", "--holdout -5"])
-def test_impossible_value_exits_2_and_names_the_flag(words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse_config(words.split())
-    assert stopped.value.code == 2
-    usage, line = capsys.readouterr().err.splitlines()
-    assert words.split()[0] in line
+def test_help_explains_every_flag(capsys):
+    text = "\n".join(help_lines(capsys))
+    missing = [each.name for each in Config().fields() if f"  {flag_of(each.name)}" not in text]
+    assert not missing
 
 
-def test_predict_needs_pictures(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse_config(["--mode", "predict"])
-    assert stopped.value.code == 2 and "--image" in capsys.readouterr().err.splitlines()[-1]
+def test_help_shows_the_daily_flags_on_its_first_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    first = [line.split()[0].strip(",") for line in help_lines(capsys)[:45] if line[:4] == "  --"]
+    assert set(first) >= DAILY
+
+
+def test_every_recipe_setting_has_a_short_form():
+    assert [each.name for each in fields(RecipeSettings) if not each.metadata["short"]] == []
+
+
+def test_short_forms_are_unique():
+    counts = Counter(each.metadata["short"] for each in Config().fields())
+    del counts[""]
+    assert counts and max(counts.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "words,name",
+    [
+        ("", "default"),
+        ("--model-path a.pth --no-mlflow", "default"),  # has no short form
+        ("--epochs 8", "e8"),
+        ("--batch-size 64 --epochs 8 --lr 0.01", "e8 b64 lr0.01"),
+        ("--amp --no-flip", "amp noflip"),
+        ("--mode evaluate", "eval"),
+        ("--mode benchmark --width 8", "bench w8"),
+        ("--epochs 8 --label-smoothing 0.1234567", "e8 ls0.123457"),
+        ("--epochs 8 --weight-decay 0.123 --momentum 0.123", "e8 m0.123 wd0.123"),
+        (
+            "--epochs 10 --seed 12345678 --momentum 0.123",
+            "e10 s12345678",
+        ),  # more than 18 characters
+    ],
+)
+def test_a_runs_name_says_what_differs(words, name):
+    assert default_run_name(parse_config(words.split())) == name
+
+
+def test_a_long_name_is_not_called_default():
+    config = parse_config(["--init-from", "models/everything_of_last_summer.pth"])
+    assert default_run_name(config) != "default"
+    assert len(default_run_name(config)) <= 18
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lr nan",
+        "--lr inf",
+        "--threshold nan",
+        "--epochs two",
+        "--epochs 1.5",
+        "--mode guess",
+        "--device tpu",
+        "--device cuda:x",
+        "--dataset mnist",
+        "--frobnicate",
+        "--epoch 3",  # no abbreviations
+        "--batch-size auto",  # has a default that is no auto
+        "--mode predict",  # without --image
+    ],
+)
+def test_impossible_words_are_refused_with_the_flags_name(words, capsys):
+    line = refusal(words.split(), capsys)
+    assert ("--image" if words == "--mode predict" else words.split()[0]) in line
+
+
+def test_limits_hold_at_both_ends(capsys):
+    checked = 0
+    for each in Config().fields():
+        flag, limits = flag_of(each.name), each.metadata
+        step = 1 if int in {HINTS[each.name], *get_args(HINTS[each.name])} else 0.01
+        outside = [
+            limits[name] + by
+            for name, by in (("least", -step), ("most", step), ("above", 0))
+            if name in limits
+        ]
+        inside = [limits[name] for name in ("least", "most") if name in limits]
+        for value in inside:
+            assert parse_config([flag, str(value)]).flat()[each.name] == value
+        for value in outside:
+            assert f"argument {flag}: must be " in refusal([f"{flag}={value}"], capsys)
+        checked += len(outside)
+    assert checked > 20
+
+
+def test_resume_is_for_one_run(capsys):
+    assert "--repeats" in refusal(["--resume", "--repeats", "2"], capsys)
 
 
 def test_auto_means_unset():
-    assert parse_config(["--num-workers", "auto"]).data.num_workers is None
+    assert parse_config(["--num-workers", "auto", "--lr", "auto"]) == Config()
 
 
-def test_default_model_path_follows_the_dataset():
-    assert str(parse_config([]).model_path) == "cifar10_model.pth"
-    assert str(parse_config(["--dataset", "digits"]).model_path) == "digits_model.pth"
+@pytest.mark.parametrize(
+    "words,rate",
+    [("", 0.0192), ("--init-from a.pth", 0.006), ("--init-from a.pth --lr 0.5", 0.5)],
+)
+def test_auto_rate(words, rate):
+    config = parse_config(words.split())
+    assert config.recipe.resolve(config.train.init_from, True).lr == rate
 
 
-def test_command_line_gives_the_same_settings_back():
-    words = ["--mode", "train", "--epochs", "3", "--no-amp", "--compile", "--lr", "0.3", "--data-url", "http://a/b",
-             "--run-name", "two words", "--no-tta"]
-    config = parse_config(words)
-    import shlex
-    assert parse_config(shlex.split(command_line(config))[2:]) == config
-    assert "--resume" in command_line(config, resume=True)
+@pytest.mark.parametrize("words,flips", [("", (False, True)), ("--no-flip", (False, False))])
+def test_auto_flip_is_the_data_sets(words, flips):
+    recipe = parse_config(words.split()).recipe
+    assert tuple(recipe.resolve(None, flip).flip for flip in (False, True)) == flips
 
 
-@pytest.mark.parametrize("text,clean", [
-    ("http://me:secret@host/x", "http://***@host/x"),
-    ("http://host/x?token=secret more", "http://host/x?*** more"),
-    ("postgresql://u:secret@h/db", "postgresql://***@h/db"),
-    ("postgresql://u:se/cret@h/db", "postgresql://***@h/db"), ("http://host/a@b", "http://host/a@b"),
-    ('{"uri": "http://127.0.0.1:5000", "cpu": "CPU @ 2.2GHz"}', '{"uri": "http://127.0.0.1:5000", "cpu": "CPU @ 2.2GHz"}'),
-    ("at http://host:5000 by a@b", "at http://host:5000 by a@b"),
-    ("data/file.txt", "data/file.txt"), ("http://host/x", "http://host/x")])
+def test_default_model_path_follows_the_dataset(tmp_path):
+    (tmp_path / "pets").mkdir()
+    found = [
+        str(parse_config(words.split()).model_path)
+        for words in ("", "--dataset digits", f"--dataset {tmp_path}/pets/", "--model-path a.pth")
+    ]
+    assert found == ["cifar10_model.pth", "digits_model.pth", "pets_model.pth", "a.pth"]
+
+
+def test_command_line_quotes_hides_secrets_and_changes_settings():
+    words = ["--run-name", "two words", "--tracking-uri", "http://me:secret@host/"]
+    line = command_line(parse_config(words), resume=True)
+    assert shlex.split(line)[2:] == [
+        *("--mode", "train", "--resume", "--run-name", "two words"),
+        *("--tracking-uri", "http://***@host/"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text,clean",
+    [
+        ("http://me:secret@host/x", "http://***@host/x"),
+        ("http://host/x?token=secret more", "http://host/x?*** more"),
+        ("postgresql://u:secret@h/db", "postgresql://***@h/db"),
+        ("postgresql://u:se/cret@h/db", "postgresql://***@h/db"),
+        ("http://host/a@b", "http://host/a@b"),
+        (
+            '{"uri": "http://127.0.0.1:5000", "cpu": "CPU @ 2.2GHz"}',
+            '{"uri": "http://127.0.0.1:5000", "cpu": "CPU @ 2.2GHz"}',
+        ),
+        ("at http://host:5000 by a@b", "at http://host:5000 by a@b"),
+        ("data/file.txt", "data/file.txt"),
+    ],
+)
 def test_redact(text, clean):
     assert redact(text) == clean
 
 
 def test_modes_match_the_flag():
-    choices = next(field for field, _ in FIELDS if field.name == "mode").metadata["choices"]
+    choices = next(each for each in Config().fields() if each.name == "mode").metadata["choices"]
     assert tuple(classifier.MODES) == choices
+
+
+def test_help_is_plain_text(capsys):
+    """No marks of a document, no sentence that argparse cut."""
+    text = "\n".join(help_lines(capsys))
+    assert not re.search(r"%\(|\*\*|None|_Missing|==SUPPRESS==", text)

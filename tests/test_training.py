@@ -1,4 +1,5 @@
 """The loop: schedules, accumulation, mixed precision, sums. Exact where it can be."""
+
 import copy
 from dataclasses import replace
 
@@ -6,68 +7,129 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, run, same, weights
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
 import classifier
-from classifier import (REFERENCE_BATCH, BatchSampler, Meter, ModelSettings, Muon, Runtime, Split, TrainSettings,
-                        TrainState, UserError, accumulation_windows, build_loader, build_model, build_optimizer,
-                        evaluate, fit_temperature, image_size, images_of_epoch, loader_options, orthogonalize,
-                        pixel_statistics, shrink, train_epoch)
+from classifier import (
+    REFERENCE_BATCH,
+    BatchSampler,
+    CifarNet,
+    ImageData,
+    Meter,
+    Muon,
+    RecipeSettings,
+    Runtime,
+    Split,
+    TrainState,
+    UserError,
+    accumulation_windows,
+    build_loader,
+    build_optimizer,
+    build_training,
+    epoch_generator,
+    evaluate,
+    fit_temperature,
+    image_size,
+    loader_options,
+    orthogonalize,
+    parse_config,
+    pixel_statistics,
+    run_epoch,
+    shifted_views,
+    train_epoch,
+    view_logits,
+)
 
-PLAIN = TrainSettings(shift=0, flip=False, cutout=0, letterbox_share=0, start_size=32, hard_share=1.0)
+RECIPE = RecipeSettings(width=4).resolve(None, flip=True)
+# Without augmentation.
+PLAIN = replace(RECIPE, shift=0, flip=False, cutout=0, letterbox_share=0.0, start_size=32)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
 def split():
-    generator = torch.Generator().manual_seed(3)
+    """96 images of four classes, each of its own brightness."""
     labels = torch.arange(96) % 4
-    images = (labels.view(-1, 1, 1, 1) * 50 + torch.randint(0, 50, (96, 3, 32, 32), generator=generator)).byte()
-    return Split(images, labels)
+    noise = torch.randint(0, 50, (96, 3, 32, 32), generator=torch.Generator().manual_seed(3))
+    return Split((labels.view(-1, 1, 1, 1) * 50 + noise).byte(), labels)
 
 
 @pytest.fixture
 def model(split):
     torch.manual_seed(0)
-    return build_model(ModelSettings(width=4, depth=3), 4, pixel_statistics(split.images))
+    return CifarNet(4, 4, pixel_statistics(split.images))
 
 
-def state_of(model, runtime, settings=PLAIN, total=100):
-    return TrainState(model, model, build_optimizer(model, settings, REFERENCE_BATCH), total, 96, runtime)
+def state_of(model, runtime, recipe=PLAIN, total=100):
+    optimizer = build_optimizer(model, recipe, REFERENCE_BATCH)
+    return TrainState(model, model, optimizer, total, runtime)
 
 
-def train(state, split, runtime, settings, batch_size=16):
-    sampler = BatchSampler(len(split), batch_size, runtime, shuffle=True)
+def train(state, split, recipe=PLAIN, batch_size=16, steps=1):
+    """One epoch; six batches unless told otherwise."""
+    sampler = BatchSampler(len(split), batch_size, state.runtime, shuffle=True)
     sampler.epoch = state.epoch
-    loader = build_loader(split, sampler, loader_options(0, runtime))
-    return train_epoch(state, loader, len(sampler), settings, 0, False, runtime)
+    loader = build_loader(split, sampler, loader_options(0, state.runtime))
+    return train_epoch(state, loader, len(sampler), steps, recipe, seed=0)
 
 
-@pytest.mark.parametrize("count,steps,updates,last", [(391, 4, 98, 3), (7, 4, 2, 3), (13, 5, 3, 3), (0, 4, 0, 0),
-                                                      (3, 100, 1, 3), (8, 1, 8, 1)])
+# --- Accumulation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "count,steps,updates,last",
+    [(391, 4, 98, 3), (7, 4, 2, 3), (13, 5, 3, 3), (0, 4, 0, 0), (3, 100, 1, 3), (8, 1, 8, 1)],
+)
 def test_windows(count, steps, updates, last):
     windows = list(accumulation_windows(range(count), count, steps))
     assert [batch for batch, _, _ in windows] == list(range(count))
     assert sum(closes for _, _, closes in windows) == updates
     assert not windows or windows[-1][2]
-    assert sum(share for _, share, _ in windows) == pytest.approx(updates)
-    assert [share for _, share, _ in windows][count - last:] == [1 / last] * last if last else True
+    assert sum(weight for _, weight, _ in windows) == pytest.approx(updates)
+    assert [weight for _, weight, _ in windows[count - last :]] == last * [1 / max(last, 1)]
 
 
-def test_accumulation_equals_the_big_batch(split, model, cpu):
-    model.train = lambda mode=True: torch.nn.Module.train(model, False)        # BatchNorm in eval mode
-    model.eval()
-    big, small = model, copy.deepcopy(model)
-    small.train = lambda mode=True: torch.nn.Module.train(small, False)
-    for net, batch_size, steps in ((big, 48, 1), (small, 12, 4)):
-        train(state_of(net, cpu), split, cpu, replace(PLAIN, accumulate_grad_steps=steps), batch_size)
-    for name, tensor in big.state_dict().items():
-        torch.testing.assert_close(small.state_dict()[name], tensor, atol=5e-6, rtol=1e-5)
+@pytest.mark.parametrize(
+    "runtime,tolerance",
+    [
+        (Runtime(CPU), 1e-5),
+        pytest.param(Runtime(CUDA, torch.float16), 1e-2, marks=pytest.mark.cuda),
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_accumulation_equals_the_big_batch(split, model, monkeypatch, runtime, tolerance):
+    """BatchNorm stays in eval mode: its statistics are a batch's own."""
+    real = CifarNet.train
+    monkeypatch.setattr(CifarNet, "train", lambda self, mode=True: real(self, False))
+    nets = [copy.deepcopy(model).to(runtime.device) for _ in range(2)]
+    for net, batch_size, steps in zip(nets, (48, 12), (1, 4), strict=True):
+        state = state_of(net.eval(), runtime, replace(PLAIN, lr=0.01))
+        train(state, split, batch_size=batch_size, steps=steps)
+        assert (state.updates, state.skipped) == (2, 0)
+    big, small = (net.state_dict() for net in nets)
+    assert not torch.equal(big["head.weight"].cpu(), model.head.weight)
+    for name, tensor in big.items():
+        torch.testing.assert_close(small[name], tensor, atol=tolerance / 2, rtol=tolerance)
 
 
 def test_a_short_last_window_is_a_whole_update(split, model, cpu):
     state = state_of(model, cpu)
-    train(state, split, cpu, replace(PLAIN, accumulate_grad_steps=4))          # 6 batches: windows of 4 and 2
+    train(state, split, steps=4)  # six batches: windows of four and two
     assert state.updates == 2
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_update_takes_no_more_batches_than_an_epoch_has(capsys):
+    """Rates follow the effective batch, which must not count images that never come."""
+    for steps in (11, 64):  # of ten batches
+        words = ["--epochs", 1, "--accumulate-grad-steps", steps, "--model-path", f"{steps}.pth"]
+        code, _, err = run(capsys, "--mode", "train", *TINY, *words)
+        assert code == 0 and "effective batch 320," in err
+    assert same(weights("11.pth"), weights("64.pth"))
+
+
+# --- The optimizer --------------------------------------------------------------------------------
 
 
 def test_rates_fall_straight_from_the_peak(model, cpu):
@@ -75,30 +137,38 @@ def test_rates_fall_straight_from_the_peak(model, cpu):
     for _ in range(4):
         state.update()
         seen.append([group["lr"] for group in state.optimizer.param_groups])
-    peaks = [group["peak_lr"] for group in state.optimizer.param_groups]
-    assert peaks == [PLAIN.lr, PLAIN.head_lr, PLAIN.bias_lr]
-    for rates, share in zip(seen, (1, 0.75, 0.5, 0.25)):
+    peaks = [PLAIN.lr, 937.5 * PLAIN.lr, 73 * PLAIN.lr]
+    for rates, share in zip(seen, (1, 0.75, 0.5, 0.25), strict=True):
         assert rates == pytest.approx([share * peak for peak in peaks])
 
 
 @pytest.mark.parametrize("batch", [64, 256, 2048])
 def test_every_batch_goes_as_far_with_an_epoch(model, batch):
-    """Same gradient all the time: where plain SGD ends after 2,048 images, and how far momentum looks back."""
-    ends = []
+    """If the gradient stays the same: how far an image moves the weights, for how many images
+    momentum remembers it, and how much it lets them decay."""
+    found = []
     for size in (REFERENCE_BATCH, batch):
-        optimizer = build_optimizer(model, TrainSettings(), size)
-        momentum, rate = optimizer.param_groups[1]["momentum"], optimizer.param_groups[1]["peak_lr"]
-        ends.append((rate / (1 - momentum) / size, momentum ** (1 / size), optimizer.param_groups[0]["peak_lr"] / size))
-    assert ends[0] == pytest.approx(ends[1])
+        filters, head, biases = build_optimizer(model, RECIPE, size).param_groups
+        moved = [group["peak_lr"] / (1 - group["momentum"]) for group in (head, biases)]
+        decay = [group["peak_lr"] * group["weight_decay"] for group in (head, biases)]
+        # An orthogonalized update has one length, however many updates point the same way.
+        per_image = [each / size for each in (filters["peak_lr"], *moved, *decay)]
+        memory = [group["momentum"] ** (1 / size) for group in (filters, head, biases)]
+        found.append(per_image + memory)
+    assert found[0] == pytest.approx(found[1])
 
 
-def test_what_the_optimizer_trains(model):
-    filters, head, biases = build_optimizer(model, TrainSettings(weight_decay=0.1), REFERENCE_BATCH).param_groups
-    assert len(filters["params"]) == 9 and filters["weight_decay"] == 0
+def test_the_groups_of_the_optimizer(model):
+    recipe = replace(RECIPE, weight_decay=0.1, momentum=0.7)
+    filters, head, biases = build_optimizer(model, recipe, REFERENCE_BATCH).param_groups
+    assert len(filters["params"]) == 6 and filters["weight_decay"] == 0
     assert all(weight is not model.stem.weight for weight in filters["params"])
     assert [weight is model.head.weight for weight in head["params"]] == [True]
     assert head["weight_decay"] * head["peak_lr"] == pytest.approx(0.1)
     assert all(weight.ndim == 1 for weight in biases["params"])
+    assert [group["momentum"] for group in (filters, head, biases)] == pytest.approx(
+        [0.7, 0.9, 0.9]
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
@@ -106,23 +176,25 @@ def test_orthogonalize_against_the_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     turned = left.T @ orthogonalize(matrix) @ right.T
-    torch.testing.assert_close(turned, turned.diag().diag(), atol=1e-4, rtol=0)          # the same singular vectors
-    assert 0.68 < turned.diag()[values > 0.02 * matrix.norm()].min() and turned.diag().max() < 1.21
-    torch.testing.assert_close(orthogonalize(1000 * matrix), orthogonalize(matrix), atol=1e-4, rtol=1e-4)
+    found = turned.diag()
+    torch.testing.assert_close(turned, found.diag(), atol=1e-4, rtol=0)  # the same vectors
+    assert found[values > 0.02 * matrix.norm()].min() > 0.68 and found.max() < 1.21
+    thousand = orthogonalize(1000 * matrix)
+    torch.testing.assert_close(thousand, orthogonalize(matrix), atol=1e-4, rtol=1e-4)
 
 
 def test_muon_is_nesterov_sgd_where_it_does_not_orthogonalize():
-    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
-    ours = Muon([{"params": weights[:1], "lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}])
-    theirs = torch.optim.SGD(weights[1:], lr=0.1, momentum=0.8, nesterov=True)
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    muon = Muon([{"params": [ours], "lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}])
+    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.8, nesterov=True)
     for step in range(5):
-        for weight, optimizer in zip(weights, (ours, theirs)):
+        for weight, optimizer in ((ours, muon), (theirs, sgd)):
             optimizer.zero_grad()
-            (weight ** 2).sum().mul(step + 1).backward()
-            if optimizer is theirs:
-                weight.data *= 1 - 0.1 * 0.05                                            # decoupled, as in AdamW
-            optimizer.step()
-        torch.testing.assert_close(*weights)
+            (weight**2).sum().mul(step + 1).backward()
+        theirs.data *= 1 - 0.1 * 0.05  # decoupled, as in AdamW
+        muon.step()
+        sgd.step()
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_muon_keeps_filters_on_their_sphere():
@@ -130,74 +202,44 @@ def test_muon_keeps_filters_on_their_sphere():
     optimizer = Muon([{"params": [weight], "lr": 0.0, "momentum": 0.9}])
     weight.sum().backward()
     optimizer.step()
-    assert weight.norm().item() == pytest.approx(2, rel=1e-5)                            # the root of four filters
+    assert weight.norm().item() == pytest.approx(2, rel=1e-5)  # the root of four filters
 
 
-def test_epochs_shrink_to_the_hard_images():
-    settings = TrainSettings(epochs=4, hard_share=0.5)
-    assert [images_of_epoch(epoch, settings, 800) for epoch in range(4)] == [800, 700, 600, 500]
-    assert images_of_epoch(3, replace(settings, hard_share=1.0), 800) == 800
-
-
-def test_hardest_are_those_with_the_greatest_last_loss(split, model, cpu):
-    state = state_of(model, cpu)
-    assert torch.equal(state.hardest(3), torch.arange(3))                                # nothing seen yet
-    train(state, split, cpu, PLAIN)
-    assert (state.losses > 0).all() and state.losses.isfinite().all()
-    before, chosen = state.losses.clone(), state.hardest(32)
-    assert state.losses[chosen].min() >= state.losses.sort().values[-32]
-    state.epoch = 1
-    sampler = BatchSampler(len(split), 16, cpu, shuffle=True)
-    sampler.chosen = chosen
-    loader = build_loader(split, sampler, loader_options(0, cpu))
-    train_epoch(state, loader, len(sampler), PLAIN, 0, False, cpu)
-    changed = (state.losses != before).nonzero().flatten()
-    assert torch.equal(changed, chosen.sort().values)                                    # the others keep theirs
-
-
-def test_images_between_bars_keep_their_last_loss(split, model, cpu):
-    state = state_of(model, cpu)
-    train(state, split, cpu, replace(PLAIN, letterbox_share=0.25))
-    assert state.losses.isinf().sum() == 6 * 4                                           # their bars made them harder
-
-
-@pytest.mark.parametrize("batch_size,expected", [(1, 0), (4, 0.1 * 96)])
-def test_small_batches_have_bars_too(split, model, cpu, batch_size, expected):
-    state = state_of(model, cpu)
-    train(state, split, cpu, replace(PLAIN, letterbox_share=0.1), batch_size)
-    assert state.losses.isinf().sum() == pytest.approx(expected, abs=8)
-
-
-def test_the_lowest_layers_are_frozen_late(split, model, cpu):
-    settings = replace(PLAIN, freeze_after=0.5)
-    state = state_of(model, cpu, total=12)                                               # two epochs of six updates
-    for trained in (True, False):
-        before = copy.deepcopy(model.state_dict())
-        train(state, split, cpu, settings)
-        state.epoch += 1
-        for name, changes in (("stem.bias", trained), ("blocks.0.convs.0.weight", trained),
-                              ("blocks.1.convs.0.weight", True)):
-            assert torch.equal(before[name], model.state_dict()[name]) != changes
+# --- The schedule of sizes ------------------------------------------------------------------------
 
 
 def test_sizes_grow():
-    sizes = [image_size(update / 20, TrainSettings(start_size=20)) for update in range(20)]
-    assert sizes == [20] * 6 + [26] * 6 + [32] * 8
-    assert image_size(0.0, TrainSettings(start_size=32)) == 32
+    assert [image_size(update / 20, 20) for update in range(20)] == [20] * 6 + [26] * 6 + [32] * 8
+    assert image_size(0.0, 32) == 32
 
 
-def test_shrink_against_pillow():
-    from PIL import Image
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR)).astype(int)
-    ours = shrink(torch.from_numpy(image).permute(2, 0, 1)[None], 20)[0].permute(1, 2, 0).numpy()
-    assert np.abs(ours - expected).max() <= 1                                            # Pillow rounds
+@pytest.mark.parametrize("count,batch_size", [(20, 128), (50, 16)])
+def test_training_has_three_shapes(split, cpu, count, batch_size):
+    """torch.compile makes a variant for each, so no short batch may come between them."""
+    data = ImageData("tiny", tuple("abcd"), split.take(slice(count)), split.take(slice(8)))
+    words = f"--epochs 10 --batch-size {batch_size} --width 4 --num-workers 0 --eval-every 0"
+    config = parse_config([*words.split(), "--no-compile"])
+    training, shapes = build_training(config, data, cpu), []
+
+    def look(net, inputs, _):
+        if net.training:
+            shapes.append((*inputs[0].shape, inputs[0].dtype))
+
+    training.state.model.register_forward_hook(look)
+    for _ in range(10):
+        run_epoch(training, config, data)
+    assert len(shapes) == 10 * len(training.sampler)
+    assert {shape[2] for shape in shapes} == {20, 26, 32} and len(set(shapes)) == 3
+
+
+# --- Numbers of an epoch --------------------------------------------------------------------------
 
 
 def test_meter_against_numpy(cpu):
-    rng, meter, losses, correct = np.random.default_rng(0), Meter(3, cpu.device), [], []
+    rng, meter, losses, correct = np.random.default_rng(0), Meter(3, CPU), [], []
     for size in (5, 5, 2):
-        logits, labels = torch.tensor(rng.normal(size=(size, 3))).float(), torch.tensor(rng.integers(0, 3, size))
+        logits = torch.tensor(rng.normal(size=(size, 3))).float()
+        labels = torch.tensor(rng.integers(0, 3, size))
         meter.add(F.cross_entropy(logits, labels), logits, labels)
         losses += F.cross_entropy(logits, labels, reduction="none").tolist()
         correct += (logits.argmax(1) == labels).tolist()
@@ -207,124 +249,248 @@ def test_meter_against_numpy(cpu):
     assert result["train_accuracy"] == pytest.approx(np.mean(correct))
 
 
-def test_data_wait_is_measured():
-    import time
+def test_data_wait_is_measured(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(classifier.time, "perf_counter", lambda: now)
 
     def slow():
+        nonlocal now
         for number in range(3):
-            time.sleep(0.02)
+            now += 2.0
             yield number
-    meter = Meter(3, torch.device("cpu"))
-    assert list(meter.timed(slow())) == [0, 1, 2]
-    assert 0.06 <= meter.wait_seconds < 0.5
 
-
-def test_skipped_steps_do_not_advance_the_schedule(model, cpu):
-    class Overflows:
-        scales = iter([8.0, 4.0, 4.0, 4.0])
-
-        def get_scale(self):
-            return next(self.scales)
-
-        def step(self, _):
-            pass
-
-        def update(self):
-            pass
-    state = state_of(model, cpu)
-    state.scaler = Overflows()
-    state.update()
-    assert (state.updates, state.skipped) == (0, 1)
-    state.update()
-    assert (state.updates, state.skipped) == (1, 1)
-
-
-def test_scaler_only_for_float16(model):
-    cpu = torch.device("cpu")
-    for dtype, enabled in ((None, False), (torch.bfloat16, False), (torch.float16, True)):
-        assert state_of(model, Runtime(cpu, dtype)).scaler.is_enabled() == enabled
+    meter, batches = Meter(3, CPU), []
+    for batch in meter.timed(slow()):
+        now += 50.0  # the work on a batch is no wait
+        batches.append(batch)
+    assert batches == [0, 1, 2] and meter.wait_seconds == 6.0
 
 
 def test_loss_falls(split, model, cpu):
     state = state_of(model, cpu)
-    first = train(state, split, cpu, PLAIN)
-    for _ in range(8):
-        last = train(state, split, cpu, PLAIN)
-    assert last["train_loss"] < 0.7 * first["train_loss"] and last["train_accuracy"] > first["train_accuracy"]
-
-
-def test_bfloat16_trains_about_the_same(split, model, cpu):
-    other = copy.deepcopy(model)
-    plain = train(state_of(model, cpu), split, cpu, PLAIN)
-    mixed = train(state_of(other, cpu), split, Runtime(torch.device("cpu"), torch.bfloat16), PLAIN)
-    assert mixed["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
-    assert all(parameter.dtype == torch.float32 for parameter in other.parameters())
+    first = train(state, split)
+    for _ in range(5):
+        last = train(state, split)
+    assert last["train_loss"] < 0.7 * first["train_loss"]
+    assert last["train_accuracy"] > first["train_accuracy"]
 
 
 def test_loss_that_is_not_finite_stops(split, model, cpu, monkeypatch):
     monkeypatch.setattr(classifier, "orthogonalize", lambda matrix: matrix * float("nan"))
-    with pytest.raises(UserError, match=r"no longer finite \(epoch 1, batch \d+, learning rate"):
-        train(state_of(model, cpu), split, cpu, PLAIN)
+    with pytest.raises(UserError, match=r"no longer finite \(epoch 1, learning rate 0\.0\d+\)"):
+        train(state_of(model, cpu), split)
+
+
+def test_state_goes_on_bit_for_bit(split, model, cpu):
+    straight, broken = (state_of(each, cpu, RECIPE, 12) for each in (model, copy.deepcopy(model)))
+    for state in (straight, broken):
+        train(state, split, RECIPE)
+        state.epoch += 1
+    fresh = state_of(CifarNet(4, 4), cpu, RECIPE, 12)
+    fresh.load_state_dict(copy.deepcopy(broken.state_dict()))
+    for state in (straight, fresh):
+        train(state, split, RECIPE)
+    assert fresh.updates == straight.updates == 12
+    assert same(straight.model.state_dict(), fresh.model.state_dict())
+    assert not same(straight.model.state_dict(), broken.model.state_dict())
+
+
+# --- Mixed precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_about_the_same(split, model, cpu, dtype):
+    half = split.take(slice(48))
+    plain = train(state_of(copy.deepcopy(model), cpu), half)
+    state = state_of(model, Runtime(CPU, dtype))
+    mixed = train(state, half)
+    assert mixed["train_loss"] == pytest.approx(plain["train_loss"], rel=0.02)
+    assert (state.updates, state.skipped) == (3, 0)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_scaler_is_for_float16_only(model):
+    for dtype, enabled in ((None, False), (torch.bfloat16, False), (torch.float16, True)):
+        assert state_of(model, Runtime(CPU, dtype)).scaler.is_enabled() == enabled
+
+
+def test_a_skipped_step_does_not_advance_the_schedule(split, model):
+    state, few = state_of(model, Runtime(CPU, torch.float16), total=3), split.take(slice(16))
+    before = [parameter.clone() for parameter in model.parameters()]
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # overflows float16
+    train(state, few)
+    assert (state.updates, state.skipped, state.progress) == (0, 1, 0.0)
+    assert all(map(torch.equal, before, model.parameters()))
+    state.scaler.update(2.0**10)
+    train(state, few)
+    assert (state.updates, state.skipped) == (1, 1) and state.lr == PLAIN.lr  # still the peak
+    assert not torch.equal(before[-1], list(model.parameters())[-1])
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Tensors that have a device and a shape but no values: a GPU that need not be there.
+
+    What needs values or a real device is put in its place: the random generators, the numbers that
+    augmentation draws on the CPU, backward and the sums of an epoch.
+    """
+    draw = np.random.default_rng(0)
+    device_rand, device_randint = torch.rand, torch.randint
+
+    def rand(*args, **options):
+        return device_rand(*args, **options) if "device" in options else draw.random()
+
+    def randint(*args, **options):
+        if "device" in options:
+            return device_randint(*args, **options)
+        *limits, shape = args
+        return draw.integers(*limits, size=shape)
+
+    def on_cpu(seed, epoch, rank=0, device=CPU):
+        return epoch_generator(seed, epoch, rank)
+
+    def result(meter, runtime):
+        assert meter.losses.device == meter.correct.device == runtime.device
+        return {"train_loss": 0.0, "images": meter.images}
+
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "randint", randint)
+    monkeypatch.setattr(classifier, "epoch_generator", on_cpu)
+    monkeypatch.setattr(Meter, "result", result)
+    # autocast turns itself off where there is no GPU.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with FakeTensorMode():
+        yield
+
+
+def fake_batches(count, size=20):
+    """Batches as the loader gives them, on the CPU."""
+    images = torch.empty(size, 3, 32, 32, dtype=torch.uint8)
+    return [[images, torch.zeros(size).long(), torch.arange(size)] for _ in range(count)]
+
+
+def fake_training(monkeypatch):
+    """A training state on the fake GPU; `backward` gives gradients of zero."""
+    with CUDA:
+        model = CifarNet(4, 4)
+
+    def backward(loss):
+        assert loss.device == CUDA
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    state = state_of(model, Runtime(CUDA), RECIPE, total=6)
+    state.runtime = Runtime(CUDA, torch.float16)  # without the scaler, which reads values
+    return state
+
+
+def test_the_fake_gpu_notices_mixed_devices(fake_cuda):
+    with pytest.raises(FakeTensorDeviceMismatchError):
+        torch.ones(3) + torch.ones(3, device=CUDA)
+
+
+def test_devices_never_mix_in_an_epoch(fake_cuda, monkeypatch):
+    """Augmentation at all sizes, forward, loss, meter and the optimizer's steps."""
+    state, seen = fake_training(monkeypatch), []
+    state.model.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+    train_epoch(state, fake_batches(6), 6, 1, RECIPE, 0)
+    assert state.updates == 6
+    assert [images.shape[-1] for images, _ in seen] == [20, 20, 26, 26, 32, 32]
+    assert {tensor.device for pair in seen for tensor in pair} == {CUDA}
+    assert {logits.dtype for _, logits in seen} == {torch.float16}
+    assert {each["velocity"].device for each in state.optimizer.state.values()} == {CUDA}
+
+
+def test_devices_never_mix_in_evaluation(fake_cuda):
+    with CUDA:
+        model = CifarNet(4, 4).eval()
+    runtime = Runtime(CUDA, torch.float16)
+    (images,) = runtime.move(fake_batches(1)[0][0])
+    with torch.inference_mode(), runtime.autocast():
+        logits = view_logits(model, [shifted_views(images, True)])
+    assert logits.device == CUDA and logits.shape == (6, 20, 4) and logits.dtype == torch.float32
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tta", [False, True])
 def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
-    train(state_of(model, cpu), split, cpu, PLAIN)
-    monkeypatch.setattr(classifier, "EVALUATION_BATCH", 40)                    # 96 images: a short last batch
-    found = evaluate(model, split, 4, cpu, tta=tta, mirrors=True, temperature=2.0)
+    train(state_of(model, cpu), split)
+    monkeypatch.setattr(classifier, "EVALUATION_BATCH", 40)  # 96 images: a short last batch
+    found = evaluate(model, split, 4, cpu, tta, True, temperature=2.0)
+    images, truth = split.images, split.labels.numpy()
+    views = shifted_views(images, True) if tta else images[None]
     with torch.inference_mode():
-        logits, answers = classifier.logits_with_tta(model, split.images, tta, True)
-    truth, plain = split.labels.numpy(), logits.argmax(1).numpy()
-    assert found.loss == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
+        logits = torch.stack([model(view) for view in views])
+    answers, plain = (logits.mean(0) / 2).softmax(1).max(1), logits[0].argmax(1).numpy()
+    expected_loss = float(F.cross_entropy(logits[0], split.labels))
+    assert found.loss == pytest.approx(expected_loss, rel=1e-5)
     assert found.accuracy == pytest.approx((plain == truth).mean())
-    confidence, answer = (each.numpy() for each in (answers / 2).softmax(1).max(1))
+    confidence, answer = (each.numpy() for each in answers)
     assert found.accuracy_tta == (pytest.approx((answer == truth).mean()) if tta else None)
-    ece = sum(abs((confidence - (answer == truth))[inside].sum()) for low in range(15)
-              if (inside := (confidence * 15).astype(int) == low).any()) / 96
-    assert found.ece == pytest.approx(ece, abs=1e-5)
+    gaps, bins = confidence - (answer == truth), (confidence * 15).astype(int)
+    ece = sum(abs(gaps[bins == each].sum()) for each in range(15)) / 96
+    assert found.ece == pytest.approx(ece, abs=1e-5) and found.temperature == 2.0
     expected = np.zeros((4, 4))
     np.add.at(expected, (truth, plain), 1)
     np.testing.assert_array_equal(found.confusion, expected)
     assert found.per_class(tuple("abcd"))["b"] == pytest.approx(expected[1, 1] / 24)
 
 
-def test_fitted_temperature_has_the_least_loss_and_undoes_a_scale(cpu):
+@pytest.mark.parametrize("tta", [False, True])
+@pytest.mark.parametrize("fit", [False, True])
+def test_evaluation_of_a_network_that_gives_nan_is_refused(split, model, cpu, tta, fit):
+    model.head.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="no longer finite.*--lr"):
+        evaluate(model, split, 4, cpu, tta, True, temperature=1.0, fit=fit)
+
+
+def test_a_training_that_its_last_update_ruins_ends_in_one_line(capsys):
+    """The loss of the only batch is fine; the weights after it are not."""
+    words = ["--epochs", "1", "--batch-size", "320", "--lr", "1e6"]
+    code, _, err = run(capsys, "--mode", "train", *TINY, *words)
+    assert code == 1 and "no longer finite" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def calibrated(count):
+    """Logits (count, 5) and labels drawn from their own probabilities."""
     generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(20_000, 5, generator=generator)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()      # calibrated by construction
+    logits = 3 * torch.randn(count, 5, generator=generator)
+    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
+
+
+def test_fitted_temperature_undoes_a_scale(cpu):
+    logits, labels = calibrated(10_000)
     for scale in (0.3, 1.0, 4.0):
-        assert fit_temperature(scale * logits, labels, cpu) == pytest.approx(scale, rel=0.05)
-    model = torch.nn.Flatten()                                                           # pixels are its logits
-    split = Split((logits - logits.min()).mul(8).round().byte()[:, :, None, None], labels)
-    found = evaluate(model, split, 5, cpu, tta=False, mirrors=False)
-    assert found.temperature == pytest.approx(8, rel=0.05) and found.ece < 0.01
-    assert evaluate(model, split, 5, cpu, tta=False, mirrors=False, temperature=1.0).ece > 0.1
+        found = fit_temperature(scale * logits, labels, 1.0, cpu)
+        assert found == pytest.approx(scale, rel=0.05)
 
 
-def test_state_goes_on_bit_for_bit(split, model, cpu):
-    settings = TrainSettings(start_size=20, freeze_after=0.4)                            # frozen from the second epoch
-    other = copy.deepcopy(model)
-    straight, broken = (state_of(each, cpu, settings, total=12) for each in (model, other))
-    for state in (straight, broken):
-        train(state, split, cpu, settings)
-        state.epoch += 1
-    saved = copy.deepcopy(broken.state_dict())
-    fresh = state_of(build_model(ModelSettings(width=4, depth=3), 4), cpu, settings, total=12)
-    fresh.load_state_dict(saved)
-    for state in (straight, fresh):
-        train(state, split, cpu, settings)
-    assert fresh.updates == straight.updates == 12
-    assert torch.equal(straight.losses, fresh.losses)
-    for name, tensor in straight.model.state_dict().items():
-        assert torch.equal(tensor, fresh.model.state_dict()[name]), name
+def test_fitted_temperature_calibrates_the_evaluation(cpu):
+    logits, labels = calibrated(10_000)
+    pixels = (logits - logits.min()).mul(8).round().byte()[:, :, None, None]
+    split, model = Split(pixels, labels), torch.nn.Flatten()  # pixels are its logits
+    fitted = evaluate(model, split, 5, cpu, False, False, 1.0, fit=True)
+    assert fitted.temperature == pytest.approx(8, rel=0.05) and fitted.ece < 0.01
+    assert evaluate(model, split, 5, cpu, False, False, 1.0).ece > 0.1
 
 
-@pytest.mark.cuda
-def test_float16_accumulation_on_cuda_equals_the_big_batch(split, model):
-    gpu = Runtime(torch.device("cuda"), torch.float16)
-    nets = [copy.deepcopy(model).cuda().to(memory_format=torch.channels_last) for _ in range(2)]
-    for net, batch_size, steps in zip(nets, (48, 12), (1, 4)):
-        net.train = lambda mode=True, net=net: torch.nn.Module.train(net, False)
-        train(state_of(net, gpu, rate=0.01), split, gpu, replace(PLAIN, accumulate_grad_steps=steps), batch_size)
-    for name, tensor in nets[0].state_dict().items():
-        torch.testing.assert_close(nets[1].state_dict()[name], tensor, atol=1e-3, rtol=1e-2)
+@pytest.mark.parametrize("usual", [0.54, 1.0])
+@pytest.mark.parametrize("margin,share", [(2.0, 0.5), (5.0, 0.8), (20.0, 0.98)])
+def test_a_few_right_answers_hardly_move_the_temperature(cpu, usual, margin, share):
+    """Without a prior the fit would end at the edge of the grid, 0.1, where all are certain."""
+    labels = torch.arange(20) % 10
+    found = fit_temperature(margin * F.one_hot(labels, 10).float(), labels, usual, cpu)
+    assert share * usual < found < 1.02 * usual
+
+
+def test_many_images_outweigh_the_prior(cpu):
+    logits, labels = calibrated(5000)
+    found = [fit_temperature(logits, labels, usual, cpu) for usual in (0.2, 1.0, 5.0)]
+    assert max(found) / min(found) < 1.05
+    assert found[1] == pytest.approx(1, rel=0.05)
