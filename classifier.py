@@ -329,7 +329,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 def redact(text: str) -> str:
     """`text` without the passwords and queries of its URLs: it goes to logs and files."""
     text = re.sub(r"://(?:[^/@\s:]*:[^@\s'\"]*|[^/@\s]*)@", "://***@", text)
-    return re.sub(r"(://[^\s?#]*)\?[^\s'\"]*", r"\1?***", text)
+    return re.sub(r"(://[^\s?#]*)\?[^\s'\"\\]*", r"\1?***", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -874,10 +874,16 @@ def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Pixels: from anybody's picture to what the network sees. Knows neither model nor settings.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # MPO is opened as JPEG
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # MPO is opened as JPEG
 MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones have 200
 MAX_SCANS = 50  # of a JPEG: each is a pass over all pixels; usual are up to 14
+PNG_LEVELS: dict[Any, Callable] = {  # Pillow scales pixels to 8 bits, but not the transparent one
+    "L;2": lambda level: 85 * level,
+    "L;4": lambda level: 17 * level,
+    "RGB;16B": lambda levels: tuple(level >> 8 for level in levels),
+}
+JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # other markers have no content
 REDUCING_GAP = 2.0  # Pillow averages pixels down to twice the target before LANCZOS: half the time
 SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))  # see `photo_views`
 CENTRE_SQUARES = (1.0, 0.85)  # sides of the squares that TTA adds, in the photo's short sides
@@ -887,13 +893,22 @@ _decoding = threading.Lock()
 
 
 def jpeg_scans(data: bytes) -> int:
-    """Scans of the first image in a JPEG file; at least as many if its segments are damaged."""
-    position = 2
-    while data[position + 1 : position + 2] != b"\xda":  # segments up to the first scan
-        if data[position : position + 1] != b"\xff":
-            return data.count(b"\xff\xda")
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data.count(b"\xff\xda", position, data.find(b"\xff\xd9", position))
+    """Scans of the first image in a JPEG file; at least 2 if libjpeg puts it together at full size.
+
+    Its segments are found as libjpeg finds them: a comment may hold an end marker.
+    """
+    scans, position, components, together = 0, 2, b"", False
+    while found := JPEG_SEGMENT.search(data, position):
+        kind, position = found[1], found.end()
+        if kind == b"\xd9":  # the end of the image
+            break
+        if kind in b"\xc0\xc1\xc2\xc9\xca":  # a frame; the last two are arithmetic
+            together, components = kind in b"\xc2\xca", data[position + 7 : position + 8]
+        elif kind == b"\xda":
+            scans += 1
+            together |= data[position + 2 : position + 3] != components
+        position += int.from_bytes(data[position : position + 2], "big")
+    return max(scans, 2 * together)
 
 
 def gray_levels(image: Image.Image, sixteen_bits: bool) -> Image.Image:
@@ -917,11 +932,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF says nothing against the picture
         image = ImageOps.exif_transpose(image)
+    factor = max(image.size) // (16 * IMAGE_SIZE)
+    if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
+        image, factor = image.reduce(factor), 1
     if image.mode.startswith(("I", "F")):
         image = gray_levels(image, image.mode.startswith("I;16"))
     if image.mode in ("1", "P", "PA"):  # `reduce` cannot average these
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if (factor := max(image.size) // (16 * IMAGE_SIZE)) > 1:
+    if factor > 1:
         image = image.reduce(factor)
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (GRAY, GRAY, GRAY))
@@ -929,7 +947,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_size(image: Image.Image, file: Any) -> None:
+def check_size(image: Any, file: Any) -> None:
     """UserError if decoding the opened picture would take more than about 1 s and 1 GB."""
     most = MAX_PIXELS
     if image.format in ("JPEG", "MPO"):
@@ -939,7 +957,11 @@ def check_size(image: Image.Image, file: Any) -> None:
             raise UserError(f"a JPEG with {scans} scans: more than {MAX_SCANS} are not read")
         if scans == 1:  # several scans are put together at full size
             most = MAX_JPEG_PIXELS
-    if image.width * image.height > most:
+    if image.tile and image.tile[0][0] == "bmp_rle":  # a loop in Python; Pillow 11 takes gigabytes
+        raise UserError("a BMP with run lengths is not read: save it as PNG")
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF: decoded whole, however small the image
+    if max(image.width * image.height, tile) > most:
         size = f"{image.width}x{image.height} pixels"
         raise UserError(f"{size}: more than {most // 10**6} million are not read")
 
@@ -949,8 +971,16 @@ def read_file(file: Any) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:  # above 178 million pixels, which a JPEG may have
+        file.seek(0)
+        if file.read(2) != b"\xff\xd8":
+            most = MAX_PIXELS // 10**6
+            raise UserError(f"too many pixels: more than {most} million are not read") from None
+        file.seek(0)
         image = JpegImagePlugin.JpegImageFile(file)
     check_size(image, file)
+    scale = PNG_LEVELS.get(image.tile[0][3] if image.format == "PNG" else "")
+    if scale and (level := image.info.get("transparency")) is not None:
+        image.info["transparency"] = scale(level)
     image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # big JPEGs: decode at a fraction
     rgb = to_rgb(image)
     with contextlib.suppress(Exception):  # the first frame is good whatever follows it
@@ -1622,7 +1652,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
     except Exception as error:  # any: whatever the unpickler makes of foreign bytes
         reason = f"damaged or no file of this program ({first_line(error)})"
         raise UserError(f"{path} is {reason}; nothing in it was run") from None
-    if not isinstance(payload, dict) or "format_version" not in payload:
+    if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
         raise UserError(f"{path} is no file of this program")
     if payload["format_version"] != version:
         found = f"format {payload['format_version']}, this program reads {version}"
@@ -1660,12 +1690,12 @@ def save_model(
 
 def check_model(saved: Record) -> None:
     """ValueError if a model file holds what this program would not have written."""
-    floats = [each for each in saved["weights"].values() if each.dtype != torch.long]
     facts = {
-        "class names": all(isinstance(name, str) for name in saved["class_names"]),
+        "class names": {type(name) for name in saved["class_names"]} == {str},
+        "the model's flip": isinstance(saved["flip"], bool),
         "data set": isinstance(saved["dataset"], str),
-        "temperature": isinstance(saved["temperature"], float) and saved["temperature"] > 0,
-        "weights": all(each.dtype == torch.float32 and each.isfinite().all() for each in floats),
+        "temperature": isinstance(saved["temperature"], float)
+        and 0.01 <= saved["temperature"] <= 100,
     }
     for part in get_type_hints(Config).values():
         hints = get_type_hints(part)
@@ -1686,6 +1716,12 @@ def load_model(path: Path) -> SavedModel:
         check_model(saved)
         with torch.device("meta"):  # takes no memory, whatever size the file claims
             model = CifarNet(saved["model"]["width"], len(saved["class_names"]))
+        for name, wanted in model.state_dict().items():
+            tensor = saved["weights"][name]
+            stored = tensor.untyped_storage().nbytes()  # less than `nbytes` if it is expanded
+            right = (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape)
+            if not right or stored < tensor.nbytes or not tensor.isfinite().all():
+                raise ValueError(f"impossible {name}")
         model.load_state_dict(saved["weights"], assign=True)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
@@ -2038,7 +2074,9 @@ class MlflowTracker(Tracker):
         except ImportError as error:
             log(f"--system-metrics: nothing is measured: {error}: pip install psutil")
             return
-        self.monitor = SystemMetricsMonitor(self.run_id, None, 2, resume_logging=True)
+        self.monitor = SystemMetricsMonitor(
+            self.run_id, sampling_interval=2, resume_logging=True, tracking_uri=self.uri
+        )
         self.monitor.start()
 
     def log_settings(self, resolved: Record, data: ImageData) -> None:
@@ -2584,6 +2622,8 @@ class Predictor:
                 several = [torch.stack(batch[row].views[1:]) for row in rows]
                 squares = torch.stack(several, dim=1)  # (V, N, 3, S, S)
             found[rows] = self.probabilities(images, tta, squares)
+        if not found.isfinite().all():
+            raise UserError("the network's answers are not finite: its weights are damaged")
         return found
 
 

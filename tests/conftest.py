@@ -1,4 +1,4 @@
-"""Fixtures: a tiny CIFAR-10 in its real file format, a CPU runtime, a trained model, and the command line."""
+"""Fixtures: a tiny CIFAR-10 in its real format, a CPU runtime, a trained model, a command line."""
 
 import hashlib
 import io

@@ -65,7 +65,7 @@ def test_sections_are_those_that_the_docstring_lists():
 
 
 def test_module_level_holds_imports_constants_and_definitions_only():
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     rest = [node for node in TREE.body[1:] if not isinstance(node, allowed)]
     assert [ast.unparse(node.test) for node in rest] == ["__name__ == '__main__'"]
 
