@@ -1514,7 +1514,8 @@ class BatchSampler(Sampler):
             generator = epoch_generator(self.seed, self.epoch)
             order = torch.randperm(self.count, generator=generator)
         mine = order[self.runtime.rank :: self.runtime.world_size][: self.share]
-        yield from (batch.numpy() for batch in mine.split(self.batch_size))
+        for start in range(0, len(mine), self.batch_size):  # `split` gives nothing as one batch
+            yield mine[start : start + self.batch_size].numpy()
 
 
 def start_worker(_worker: int) -> None:

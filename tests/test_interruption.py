@@ -40,7 +40,8 @@ def test_a_full_disk_costs_no_epoch(capsys, monkeypatch):
         real(payload, file)
 
     monkeypatch.setattr(torch, "save", full)
-    code, out, err = run(capsys, "--mode", "train", *TINY, "--epochs", "4", "--json")
+    flags = ["--limit-images", 128, "--epochs", 4, "--json"]
+    code, out, err = run(capsys, "--mode", "train", *TINY, *flags)
     assert code == 0 and err.count("No space left on device; training goes on") == 2
     assert [row.get("epoch") for row in rows(out)] == [1, 2, 3, 4, None]
     assert [row["epoch"] for row in kept] == [1] and os.listdir() == ["digits_model.pth"]

@@ -26,7 +26,7 @@ from conftest import ROOT, TINY, encoded, interrupted, noise, run, runs_of
 import classifier
 from classifier import Config, DataSettings, MlflowTracker, TrackingSettings, open_tracker
 
-LOGGED = [word for word in TINY if word != "--no-mlflow"]
+LOGGED = [word for word in TINY if word != "--no-mlflow"] + ["--limit-images", "128"]
 KINDS = ["start", "settings", "data", "metrics", "metrics", "metrics", "note", "files", "status"]
 
 
@@ -140,7 +140,7 @@ def test_artifacts_data_set_and_note(logged):
     assert "--seed 3" in found.data.tags["mlflow.note.content"]
     assert found.info.status == "FINISHED" and found.data.tags["task"] == "train"
     assert "serve it: MLFLOW_TRACKING_URI=sqlite:///" in err
-    assert found.info.run_name == "e2 b32 s3 j0 n320"
+    assert found.info.run_name == "e2 b32 s3 j0 n128"
 
 
 def test_no_password_anywhere(logged):
@@ -567,18 +567,25 @@ def test_a_resumed_training_continues_its_run(store, monkeypatch, capsys):
     assert again.data.params["num_workers"] == "0" and again.data.tags["resumed_num_workers"] == "1"
 
 
-@pytest.mark.usefixtures("no_served_model")
-def test_a_run_that_sigkill_left_running_is_put_right(store, monkeypatch, capsys):
+def test_a_run_that_sigkill_left_running_is_put_right(cpu, digits, store, monkeypatch):
+    """What it has already is not logged twice."""
     from mlflow import MlflowClient
 
     with monkeypatch.context() as patch:  # nobody tells the store of the end
         patch.setattr(MlflowClient, "set_terminated", lambda *_: None)
-        interrupted(monkeypatch, capsys, *LOGGED, after=1)
+        killed = log_something(settings(), cpu, digits)
     assert [found.info.status for found in runs_of(store)[2]] == ["RUNNING"]
-    assert run(capsys, "--mode", "train", *LOGGED, "--resume")[0] == 0
-    assert [found.info.status for found in runs_of(store)[2]] == ["FINISHED"]
+    resumed = replace(settings(), train=classifier.TrainSettings(resume=True))
+    with open_tracker(resumed, cpu, run_id=killed.run_id) as tracker:
+        for epoch in (1, 2, 3):
+            tracker.log_metrics({"train_loss": 2.0}, epoch)
+    client, _, (found,) = runs_of(store)
+    assert found.info.status == "FINISHED" and steps(client, killed.run_id) == [0, 1, 2, 3]
+    history = client.get_metric_history(killed.run_id, "train/loss")
+    assert [each.value for each in history] == [1, 1, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_served_model")
 @pytest.mark.parametrize("ahead", ["tracker", "resume file"])
 def test_a_kill_between_tracker_and_resume_file_neither_repeats_nor_loses_an_epoch(
@@ -589,7 +596,7 @@ def test_a_kill_between_tracker_and_resume_file_neither_repeats_nor_loses_an_epo
 
     def stopping(payload, path):
         saves.append(path)
-        if len(saves) == 3:  # one before the first epoch
+        if len(saves) == 3:  # one is before the first epoch
             raise classifier.Stopped(15)
         real(payload, path)
 
