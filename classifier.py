@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Train a CNN on CIFAR-10, classify your own pictures with it, and compare every setting in MLflow.
 
-CLAIM
+93.39 % test accuracy (94.45 % with test-time augmentation) after 20 epochs; one run of seed 0 in
+float32 on two CPU cores, torch 2.14. README.md says how it was measured.
 
     python classifier.py --mode train                      # 20 epochs; downloads CIFAR-10 if needed
     python classifier.py --mode train --dataset digits     # the same program without any download
