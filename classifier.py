@@ -1644,13 +1644,14 @@ class SavedModel(NamedTuple):
 def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
     """The dict in `path`; UserError if it is missing, damaged, foreign or wants to run code."""
     try:
-        with open(path, "rb") as file:
-            payload = load_whole(file)
+        content = path.read_bytes()
     except FileNotFoundError:
         ways = "train one (--mode train) or name it with --model-path"
         raise UserError(f"{path}: no such model; {ways}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        payload = load_whole(io.BytesIO(content))
     except Exception as error:  # any: whatever the unpickler makes of foreign bytes
         reason = f"damaged or no file of this program ({first_line(error)})"
         raise UserError(f"{path} is {reason}; nothing in it was run") from None
