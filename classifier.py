@@ -1644,7 +1644,7 @@ class SavedModel(NamedTuple):
 def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
     """The dict in `path`; UserError if it is missing, damaged, foreign or wants to run code."""
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         ways = "train one (--mode train) or name it with --model-path"
         raise UserError(f"{path}: no such model; {ways}") from None
@@ -2013,11 +2013,11 @@ class MlflowTracker(Tracker):
         """Finds or makes the experiment, then continues the run `run_id` or makes a new one."""
         from mlflow import MlflowClient
 
-        self.client = MlflowClient()
         with contextlib.ExitStack() as stack:
             if self.database:  # two processes that create its tables at once break each other
                 lock = self.database.with_name(f".{self.database.name}.lock")
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
+            self.client = MlflowClient()  # creates them
             self.experiment_id = self.find_experiment()
         run = self.find_run() or self.create_run(when)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of tiny networks, threads only wait for each other
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

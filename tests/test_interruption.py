@@ -63,7 +63,7 @@ def start(folder, *flags, **options):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path):
-    """SIGKILL until KILLS have hit; each training ends as if none had. 50 were tried by hand."""
+    """SIGKILL until KILLS have hit; each training ends as if none had."""
     out, err = start(tmp_path, "--model-path", "straight.pth").communicate()
     straight = rows(out)
     assert len(straight) == 13, err
