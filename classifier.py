@@ -38,6 +38,7 @@ import platform
 import re
 import shlex
 import signal
+import sqlite3
 import stat
 import statistics
 import sys
@@ -88,10 +89,10 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str, short: str = "", fixed: bool = True, **limits: Any) -> Any:
-    """A dataclass field with all that is known of a setting.
+    """A dataclass field with all that is known of a setting; `short` is its form in a run's name.
 
-    `short` stands for it in a run's name. A resumed run may not change what has a short form and is
-    `fixed`. `limits` are `least`, `most`, `above`, `choices` and `pattern`.
+    A resumed run may not change a setting that has one, unless it is not `fixed`. `limits` are
+    `least`, `most`, `above`, `choices` and `pattern`.
     """
     known = {"help": help, "short": short, "fixed": bool(short) and fixed}
     return field(default=default, metadata=known | limits)
@@ -101,9 +102,7 @@ def setting(default: Any, help: str, short: str = "", fixed: bool = True, **limi
 class RunSettings:
     """every mode"""
 
-    mode: str = setting(
-        "train", "what to do", choices=("train", "evaluate", "predict", "benchmark")
-    )
+    mode: str = setting("train", "task", choices=("train", "evaluate", "predict", "benchmark"))
     model_path: str | None = setting(None, "model file (auto: <dataset>_model.pth)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
     amp: bool | None = setting(None, "mixed precision (auto: if it is fast here)", "amp", False)
@@ -118,9 +117,7 @@ class TrainSettings:
     epochs: int = setting(20, "passes over the training images", "e", least=1)
     batch_size: int = setting(128, "images per process and micro-batch", "b", least=1)
     accumulate_grad_steps: int = setting(1, "micro-batches per update", "x", least=1)
-    seed: int = setting(
-        0, "same seed: same weights, bit for bit on a CPU", "s", least=0, most=2**31
-    )
+    seed: int = setting(0, "same seed, same weights", "s", least=0, most=2**31)
     repeats: int = setting(1, "number of seeds; the first one's model is saved", "rep", least=1)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
     init_from: str | None = setting(None, "model file to start from (auto: from nothing)", "from-")
@@ -133,8 +130,8 @@ class DataSettings:
 
     dataset: str | None = setting(
         None,
-        "cifar10; digits, which needs no download; or a folder with a subfolder per class, below "
-        "train/ and test/ if these exist (auto: cifar10; evaluate: the model's own)",
+        "cifar10; digits, which needs no download; or a folder with a subfolder per class, maybe "
+        "below train/ and test/ (auto: cifar10; evaluate: the model's own)",
     )
     data_dir: str = setting("data", "holds or gets cifar-10-batches-py/ and caches of folders")
     data_url: tuple[str, ...] = setting(
@@ -179,9 +176,7 @@ class TrackingSettings:
     mlflow: bool = setting(True, "log to MLflow")
     experiment: str | None = setting(None, "MLflow experiment (auto: the data set's name)")
     run_name: str | None = setting(None, "MLflow run name (auto: what differs from the defaults)")
-    tracking_uri: str | None = setting(
-        None, "MLflow store (auto: as the environment says, mlflow.db)"
-    )
+    tracking_uri: str | None = setting(None, "MLflow store (auto: the environment's, or mlflow.db)")
     system_metrics: bool = setting(False, "log the machine's load, too, every 2 seconds")
 
 
@@ -192,19 +187,14 @@ class RecipeSettings:
     width: int = setting(64, "channels of the first stage", "w", least=1, most=4096)
     lr: float | None = setting(
         None,
-        f"peak learning rate of the convolutions at batch {REFERENCE_BATCH}; head and biases "
-        "follow in proportion (auto: 0.0192; 0.006 with --init-from)",
+        f"peak learning rate at batch {REFERENCE_BATCH} (auto: 0.0192; 0.006 with --init-from)",
         "lr",
         above=0.0,
         most=1e6,
     )
     momentum: float = setting(0.9367, "momentum at that batch", "m", least=0.0, most=0.9999)
-    weight_decay: float = setting(
-        1.7e-3, "of head and biases, per update", "wd", least=0.0, most=1.0
-    )
-    label_smoothing: float = setting(
-        0.2, "share spread over all classes", "ls", least=0.0, most=0.9
-    )
+    weight_decay: float = setting(1.7e-3, "of head and biases", "wd", least=0.0, most=1.0)
+    label_smoothing: float = setting(0.2, "share of all classes", "ls", least=0.0, most=0.9)
     start_size: int = setting(20, "image size at first; 32 from 0.6 on", "px", least=18, most=32)
     flip: bool | None = setting(None, "flip images, in TTA too (auto: not for digits)", "flip")
     shift: int = setting(3, "shift images by up to so many pixels", "shift", least=0, most=16)
@@ -244,6 +234,26 @@ class Config:
         """Every setting's dataclass field, in the order of --help."""
         return [each for part in fields(self) for each in fields(getattr(self, part.name))]
 
+    @property
+    def run_name(self) -> str:
+        """What differs from the defaults, in the 18 characters that MLflow's table shows."""
+        flat, defaults = self.flat(), Config().flat()
+        parts = {"evaluate": ["eval"], "benchmark": ["bench"]}.get(self.run.mode, [])
+        for each in self.fields():
+            short, value = each.metadata["short"], flat[each.name]
+            if not short or value == defaults[each.name]:
+                continue
+            if isinstance(value, bool):
+                parts.append(short if value else f"no{short}")
+            else:
+                text = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem
+                parts.append(short + text)
+        if parts:
+            parts[0] = parts[0][:18]
+        names = itertools.accumulate(parts, "{} {}".format)
+        fitting = max((name for name in names if len(name) <= 18), key=len, default="default")
+        return self.tracking.run_name or fitting
+
 
 def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
     """ValueError with what a setting must be, where `value` is outside its limits."""
@@ -255,9 +265,8 @@ def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
     bounds = {name: limits[name] for name in tests if name in limits}
     if not all(tests[name](value, bound) for name, bound in bounds.items()):  # nan fails them all
         needed = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
-        raise ValueError(
-            f"must be {needed}".replace("least", "at least").replace("most", "at most")
-        )
+        needed = needed.replace("least", "at least").replace("most", "at most")
+        raise ValueError(f"must be {needed}")
 
 
 def value_parser(hint: Any, limits: Mapping[str, Any]) -> Callable[[str], Any]:
@@ -279,10 +288,7 @@ def value_parser(hint: Any, limits: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The command line as a checked `Config`; exits with 2 and the flag's name if it is wrong.
-
-    Unset flags stay out of the namespace: only `Config` holds defaults.
-    """
+    """The command line as a checked `Config`; exits with 2 and the flag's name if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="classifier.py",
         usage="%(prog)s --mode MODE [flags]; --help explains them",
@@ -300,7 +306,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
                 help += f" (default: {'on' if default else 'off'})"
             elif default is not None and not isinstance(default, tuple):
                 help += f" (default: {default})"
-            options: Record = {"help": help, "default": argparse.SUPPRESS}
+            options: Record = {"help": help, "default": argparse.SUPPRESS}  # only Config has them
             if hint in (bool, bool | None):
                 options["action"] = argparse.BooleanOptionalAction
             elif known.get("choices"):
@@ -423,39 +429,18 @@ def stop_signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """A SIGINT or SIGTERM that comes meanwhile is handled afterwards."""
-    came: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for each in (signal.SIGINT, signal.SIGTERM):
-            before[each] = signal.signal(each, lambda signum, _: came.append(signum))
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        for signum in came[:1]:
-            signal.raise_signal(signum)
-
-
-def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs that the container's quota allows (cgroup v2, then v1); infinite without a quota."""
+def usable_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs this process may use: affinity and the container's quota (cgroup v2, v1) count."""
+    allowed: float = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
     v1 = root / "cpu"
     for files in ([root / "cpu.max"], [v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us"]):
         with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota: a ValueError
             quota, period = map(int, " ".join(file.read_text() for file in files).split())
-            return quota / period if quota > 0 else math.inf
-    return math.inf
-
-
-def usable_cpus() -> int:
-    """CPUs this process may use: affinity and container quota count, not the machine's number."""
-    allowed = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    return max(1, math.ceil(min(cgroup_cpus(), allowed)))
+            if quota > 0:
+                allowed = min(allowed, quota / period)
+    return max(1, math.ceil(allowed))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -516,10 +501,6 @@ class Runtime:
     world_size: int = 1
     local_world_size: int = 1  # processes on this machine
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     def autocast(self) -> torch.autocast:
         enabled = self.amp_dtype is not None
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
@@ -541,6 +522,20 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def distribute(self, net: nn.Module) -> nn.Module:
+        """DistributedDataParallel around `net` if there are several processes."""
+        if self.world_size == 1:
+            return net
+        # `average_buffers` does its part. torch 2.15 deprecates the option, 2.6 knows no other.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            return DistributedDataParallel(net, broadcast_buffers=False)
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """BatchNorm statistics become their mean over the processes."""
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                self.sum(buffer).div_(self.world_size)
 
     def peak_memory_mb(self) -> float | None:
         """Peak GPU memory on CUDA, else peak resident memory of this process (on Linux)."""
@@ -615,11 +610,10 @@ def accelerate(
     example: Tensor,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> tuple[nn.Module, CompileReport]:
-    """What to call instead of `model`: on the device, channels-last, compiled if that works.
+    """What to call instead of `model`, sharing its weights: on the device, compiled if that works.
 
     torch.compile is lazy and fails at the first call, so that call is made here, on the images
-    `example` and in the model's mode. It changes no weights, statistics or random state. The result
-    shares the model's weights, which in eval mode get the runtime's precision.
+    `example` and in the model's mode. It changes no weights, statistics or random state.
     """
     model.to(runtime.device).to(memory_format=memory_format)  # type: ignore[call-overload]
     if runtime.amp_dtype and not model.training:  # autocast would cast them again at each call
@@ -646,22 +640,6 @@ def accelerate(
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)
     return net, CompileReport(net is not model, reason, time.perf_counter() - started)
-
-
-def distribute(net: nn.Module, runtime: Runtime) -> nn.Module:
-    """DistributedDataParallel around `net` if there are several processes."""
-    if runtime.world_size == 1:
-        return net
-    # `share_buffers` averages them. torch 2.15 calls the option deprecated, 2.6 knows no other.
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        return DistributedDataParallel(net, broadcast_buffers=False)
-
-
-def share_buffers(model: nn.Module, runtime: Runtime) -> None:
-    """BatchNorm statistics become their mean over the processes."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            runtime.sum(buffer).div_(runtime.world_size)
 
 
 @contextlib.contextmanager
@@ -738,9 +716,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def pixel_statistics(images: Tensor) -> PixelStatistics:
     """Mean, deviation and whitening filters of uint8 `images` (N, 3, S, S).
 
-    The filters are the eigenvectors of the covariance of 2x2 patches over the roots of their
-    eigenvalues, each with its negative because an activation follows (tysam-code/hlb-CIFAR10,
-    KellerJordan/cifar10-airbench).
+    The filters are eigenvectors of the covariance of 2x2 patches over the roots of their
+    eigenvalues, each with its negative as an activation follows (tysam-code/hlb-CIFAR10).
     """
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     shares = torch.stack(counts).double()
@@ -782,9 +759,8 @@ class ConvBlock(nn.Module):
 class CifarNet(nn.Module):
     """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench.
 
-    At width 64, 118 million multiply-adds an image. Takes uint8 pixels (N, 3, S, S), S from 18, and
-    normalises them itself: no caller can do it wrong, and a quarter of the bytes travel. Gives
-    logits (N, classes). Without `statistics` a state dict must bring the weights.
+    Takes uint8 pixels (N, 3, S, S), S from 18, and normalises them itself, so that no caller can do
+    it wrong. Gives logits (N, classes). Without `statistics` a state dict must bring the weights.
     """
 
     pixel_mean: Tensor
@@ -820,10 +796,7 @@ class CifarNet(nn.Module):
         return {name: [p for p in trained if p.ndim == d] for name, d in dimensions.items()}
 
     def adopt(self, other: CifarNet, rows: dict[int, int]) -> None:
-        """Takes over another network's weights, of the head those of `rows` (own: the other's).
-
-        RuntimeError if the other network has another width.
-        """
+        """Takes over another network's weights, of the head those of `rows` (own: the other's)."""
         weights, head = other.state_dict(), self.head.weight.detach().clone()
         if head.shape[1] == other.head.in_features:
             for own, others in rows.items():
@@ -860,10 +833,7 @@ def shifted_views(images: Tensor, flip: bool) -> Tensor:
 
 
 def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
-    """Float32 logits (V, N, classes) of all views, given as tensors (v, N, 3, S, S) of one size.
-
-    Their mean over the first dimension is the answer with test-time augmentation.
-    """
+    """Float32 logits (V, N, classes) of all views, given as tensors (v, N, 3, S, S) of one size."""
     logits, count = [], 0
     for group in views:
         count = group.shape[1]
@@ -875,7 +845,7 @@ def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Pixels: from anybody's picture to what the network sees. Knows neither model nor settings.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # MPO is opened as JPEG
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones have 200
 MAX_SCANS = 50  # of a JPEG: each is a pass over all pixels; usual are up to 14
@@ -894,10 +864,7 @@ _decoding = threading.Lock()
 
 
 def jpeg_scans(data: bytes) -> int:
-    """Scans of the first image in a JPEG file; at least 2 if libjpeg puts it together at full size.
-
-    Its segments are found as libjpeg finds them: a comment may hold an end marker.
-    """
+    """Scans of the first image in a JPEG file; at least 2 if libjpeg decodes it at full size."""
     scans, position, components, together = 0, 2, b"", False
     while found := JPEG_SEGMENT.search(data, position):
         kind, position = found[1], found.end()
@@ -924,16 +891,13 @@ def gray_levels(image: Image.Image, sixteen_bits: bool) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, transparency on the letterbox's gray, 16 bits scaled to 8, as RGB.
-
-    A large picture is first averaged over whole pixels, to a longer side of 512 to 1,023 pixels.
-    """
+    """As RGB: turned as EXIF says, transparency on the letterbox's gray, 16 bits scaled to 8."""
     if 0 in image.size:
         raise ValueError("the picture has no pixels")
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF says nothing against the picture
         image = ImageOps.exif_transpose(image)
-    factor = max(image.size) // (16 * IMAGE_SIZE)
+    factor = max(image.size) // (16 * IMAGE_SIZE)  # averaged to a side of 512 to 1,023 first
     if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
         image, factor = image.reduce(factor), 1
     if image.mode.startswith(("I", "F")):
@@ -951,7 +915,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def check_size(image: Any, file: Any) -> None:
     """UserError if decoding the opened picture would take more than about 1 s and 1 GB."""
     most = MAX_PIXELS
-    if image.format in ("JPEG", "MPO"):
+    if image.format == "JPEG":
         file.seek(0)
         scans = jpeg_scans(file.read())
         if scans > MAX_SCANS:
@@ -967,17 +931,15 @@ def check_size(image: Any, file: Any) -> None:
         raise UserError(f"{size}: more than {most // 10**6} million are not read")
 
 
-def read_file(file: Any) -> Image.Image:
-    """The picture in an open file as RGB."""
-    try:
+def read_file(file: Any, head: bytes) -> Image.Image:
+    """The picture in an open file that starts with `head` as RGB."""
+    file.seek(0)
+    if head.startswith(
+        b"\xff\xd8"
+    ):  # not by `open`: that refuses what a phone of 200 megapixels takes
+        image: Any = JpegImagePlugin.JpegImageFile(file)
+    else:
         image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError:  # above 178 million pixels, which a JPEG may have
-        file.seek(0)
-        if file.read(2) != b"\xff\xd8":
-            most = MAX_PIXELS // 10**6
-            raise UserError(f"too many pixels: more than {most} million are not read") from None
-        file.seek(0)
-        image = JpegImagePlugin.JpegImageFile(file)
     check_size(image, file)
     scale = PNG_LEVELS.get(image.tile[0][3] if image.format == "PNG" else "")
     if scale and (level := image.info.get("transparency")) is not None:
@@ -985,28 +947,22 @@ def read_file(file: Any) -> Image.Image:
     image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # big JPEGs: decode at a fraction
     rgb = to_rgb(image)
     with contextlib.suppress(Exception):  # the first frame is good whatever follows it
-        # Not MPO, in which phones store a preview.
-        rgb.info["animated"] = image.format != "MPO" and getattr(image, "is_animated", False)
+        rgb.info["animated"] = getattr(image, "is_animated", False)
     return rgb
 
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """A picture as RGB; of an animation (`info["animated"]`) the first frame.
-
-    Raises `UserError` with the reason if it cannot be read.
-    """
+    """A picture, of an animation the first frame, as RGB; UserError if it cannot be read."""
     head = b""
     try:
         if isinstance(source, Image.Image):
-            with (
-                _decoding
-            ):  # Pillow decodes at the first use, which two threads must not do at once
+            with _decoding:  # it may be decoded only now, which two threads must not do at once
                 return to_rgb(source)
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             raise UserError("a directory" if os.path.isdir(source) else "not a regular file")
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             head = file.read(12)
-            return read_file(file)
+            return read_file(file, head)
     except UserError:
         raise
     except Image.UnidentifiedImageError:
@@ -1035,9 +991,8 @@ def photo_views(image: Image.Image, tta: bool, flip: bool) -> list[Image.Image]:
     middle, the first flipped (with `flip`), unless they would be enlarged.
 
     LANCZOS leaves a photo's finest detail with up to three times the power that it has in
-    CIFAR-10's images, which misleads a network trained on these. SOFTEN brings it to within a tenth
-    of theirs at every frequency. A picture of the network's own size is left as it is and has one
-    view, so that predict answers as evaluate does.
+    CIFAR-10's images; SOFTEN brings it to theirs. A picture of the network's own size is left as it
+    is and has one view, so that predict answers as evaluate does.
     """
     views = [letterbox(image)]
     sides = [min(image.size) * share for share in CENTRE_SQUARES]
@@ -1108,19 +1063,6 @@ def shuffled(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
 
 
-def read_cifar10(root: str | Path, training: bool) -> ImageData:
-    """The official files below `root`; torchvision's RuntimeError if they are not there, whole."""
-    from torchvision.datasets import CIFAR10
-
-    def read(part: Any) -> Split:
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        return Split(images, torch.tensor(part.targets))
-
-    test = CIFAR10(root, train=False)
-    train = read(CIFAR10(root, train=True)) if training else NO_IMAGES
-    return ImageData("cifar10", tuple(test.classes), train, read(test))
-
-
 @contextlib.contextmanager
 def open_data_dir(data_dir: Path) -> Iterator[bool]:
     """Whether `data_dir` can be written; if so, no other process fills it meanwhile."""
@@ -1134,21 +1076,12 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
 
 
 def download(url: str, path: Path, patient: bool) -> float:
-    """Fetches `url` into `path`; unless `patient`, stops if it comes too slowly.
-
-    Gives the rate in bytes per second if it stopped, else 0.
-    """
+    """Fetches `url` into `path`; 0, or the bytes per second if not `patient` and it is too slow."""
     from tqdm import tqdm
 
     log(f"downloading CIFAR-10 (170 MB) from {url}")
-    # Errors quote the address, so the password does not stay in it.
-    parts = urllib.parse.urlsplit(url)
-    user, _, host = parts.netloc.rpartition("@")
-    address = parts._replace(netloc=host).geturl()
+    address = re.sub("//[^/]*@", "//", url)  # errors quote it, and urllib knows no passwords
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
-    if user:
-        secret = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
-        request.add_header("Authorization", f"Basic {secret}")
     with (
         urllib.request.urlopen(request, timeout=MIRROR_SILENCE) as answer,
         open(path, "wb") as file,
@@ -1176,10 +1109,7 @@ def download(url: str, path: Path, patient: bool) -> float:
 
 
 def fetch_tarball(urls: tuple[str, ...], path: Path) -> None:
-    """CIFAR-10's tarball, md5-checked, from the first of `urls` that serves it well.
-
-    If all are slow it comes from the fastest. UserError with all that failed if none has it.
-    """
+    """CIFAR-10's tarball, md5-checked, from the first good mirror of `urls`, else the fastest."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -1215,21 +1145,24 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, extract_archive
 
+    def read(root: str | Path) -> ImageData:
+        """The official files; torchvision's RuntimeError if they are not there, whole."""
+        test, splits = CIFAR10(root, train=False), []
+        for part in [CIFAR10(root, train=True), test] if training else [test]:
+            images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+            splits.append(Split(images, torch.tensor(part.targets)))
+        train = splits[0] if training else NO_IMAGES
+        return ImageData("cifar10", tuple(test.classes), train, splits[-1])
+
     data_dir = Path(settings.data_dir)
     folder, tarball = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     with contextlib.suppress(RuntimeError):
-        return read_cifar10(data_dir, training)
+        return read(data_dir)
     with open_data_dir(data_dir) as writable:
         with contextlib.suppress(RuntimeError):  # another process may have fetched it meanwhile
-            return read_cifar10(data_dir, training)
-        files = [
-            *CIFAR10.train_list,
-            *CIFAR10.test_list,
-            (CIFAR10.meta["filename"], CIFAR10.meta["md5"]),
-        ]
+            return read(data_dir)
         if folder.exists():
-            bad = [name for name, md5 in files if not check_integrity(folder / name, md5)]
-            log(f"{folder}: missing or damaged: {', '.join(bad)}; trying to get them again")
+            log(f"{folder}: files are missing or damaged; trying to get them again")
         with tempfile.TemporaryDirectory(dir=data_dir if writable else None) as scratch:
             if not check_integrity(tarball, CIFAR10.tgz_md5):
                 if tarball.exists():
@@ -1237,15 +1170,15 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
                 tarball = Path(scratch, CIFAR10.filename)
                 fetch_tarball(settings.data_url, tarball)
             extract_archive(str(tarball), scratch)
-            data = read_cifar10(scratch, training)
+            data = read(scratch)
             if writable:
                 folder.mkdir(exist_ok=True)
-                for name, _ in files:
-                    os.replace(Path(scratch, CIFAR10.base_folder, name), folder / name)
+                for file in Path(scratch, CIFAR10.base_folder).iterdir():
+                    os.replace(file, folder / file.name)
         return data
 
 
-def load_digits(settings: DataSettings, training: bool) -> ImageData:
+def load_digits() -> ImageData:
     """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grays, enlarged; a fifth to test."""
     try:
         from sklearn.datasets import load_digits as load_bundled
@@ -1278,150 +1211,160 @@ def pictures_below(folder: str | Path) -> list[str]:
     return sorted(found, key=natural)
 
 
-def find_classes(root: str) -> dict[str, list[str]]:
-    """The pictures of each subfolder of `root` that has any, by the class's name."""
-    classes: dict[str, list[str]] = {}
-    folded: dict[str, str] = {}
-    _, folders, _ = next(os.walk(root), ("", [], []))  # nothing without permission
-    for folder in sorted(folders, key=natural):
-        if folder.startswith("."):
-            continue
-        name = folder.encode("utf-8", "backslashreplace").decode()  # JSON and MLflow want UTF-8
-        other = folded.setdefault(name.casefold(), name)
-        if other != name:
-            raise UserError(f"--dataset: {root} has {other} and {name}: rename one of them")
-        if paths := pictures_below(os.path.join(root, folder)):
-            classes[name] = paths
+class PictureFolder:
+    """A folder of pictures with a subfolder per class, below train/ and test/ or split here."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.root = root = os.path.abspath(str(settings.dataset))
+        if not os.path.isdir(root):
+            raise UserError(f"the pictures of {root} are no longer there: name them with --dataset")
+        place, data_dir = hashlib.sha256(os.fsencode(root)), Path(settings.data_dir).absolute()
+        self.cache = data_dir / f"{settings.name}-{place.hexdigest()[:8]}"
+        self.keep = not data_dir.is_relative_to(root)  # nothing is written into the user's pictures
+
+    def find_classes(self, folder: str) -> dict[str, list[str]]:
+        """The pictures of each subfolder that has any, by the class's name."""
+        classes: dict[str, list[str]] = {}
+        _, names, _ = next(os.walk(folder), ("", [], []))  # nothing without permission
+        for path in sorted((os.path.join(folder, name) for name in names), key=natural):
+            if os.path.basename(path).startswith("."):
+                continue
+            # JSON and MLflow want UTF-8.
+            name = os.path.basename(path).encode("utf-8", "backslashreplace").decode()
+            if pictures := pictures_below(path):
+                classes[name] = pictures
+            else:
+                log(f"{path}: no pictures in it, no class")
+        return classes
+
+    @staticmethod
+    def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
+        """Pictures to train on and about a tenth to test on, at least one of two.
+
+        Each is drawn by a hash of its own name: a folder that grows moves none to the other side.
+        """
+        draws = {}
+        for path in paths:
+            name = os.fsencode(os.path.relpath(path, root))
+            drawn = hashlib.sha256(b"%d/" % SPLIT_SEED + name).hexdigest()[:8]
+            draws[path] = int(drawn, 16) / 2**32
+        order = sorted(paths, key=draws.__getitem__)
+        count = sum(draw < 0.1 for draw in draws.values())
+        count = min(max(1, count), len(paths) - 1)
+        return order[count:], order[:count]
+
+    def find_splits(self) -> dict[str, dict[str, list[str]]]:
+        """The classes' pictures of train and of test; UserError if they make no data set."""
+        root, test = self.root, cast(dict[str, list[str]], {})
+        # A class may be called train. The split has no pictures of its own: all are in its classes.
+        place = os.path.join(root, "train")
+        folders = {os.path.dirname(path) for path in pictures_below(place)}
+        is_split = bool(folders) and place not in folders
+        train = self.find_classes(place if is_split else root)
+        if is_split and os.path.isdir(os.path.join(root, "test")):
+            test = self.find_classes(os.path.join(root, "test"))
         else:
-            log(f"{os.path.join(root, folder)}: no pictures in it, no class")
-    return classes
+            for name, paths in train.items():
+                train[name], test[name] = self.split_class(paths, root)
+        if len(train) < 2:
+            found = f"they are in {len(train)}"
+            raise UserError(f"--dataset: {root} needs pictures in at least two subfolders; {found}")
+        if unknown := [name for name in test if name not in train]:
+            raise UserError(f"--dataset: {root} has no training pictures of {', '.join(unknown)}")
+        for name in train:
+            if not test.get(name):
+                log(f"class {name}: no picture to test on")
+        return {"train": train, "test": test}
 
+    @staticmethod
+    def letterbox_all(paths: list[str], numbers: Iterable, images: Tensor) -> dict[int, str]:
+        """Brings the pictures of these numbers into `images`; why some could not be read."""
+        errors, numbers = {}, list(numbers)
 
-def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
-    """Pictures to train on and about a tenth to test on, at least one of two.
+        def read(number: int) -> None:
+            try:
+                images[number] = to_pixels(photo_views(read_image(paths[number]), False, False)[0])
+            except UserError as error:
+                errors[number] = str(error)
 
-    Each is drawn by a hash of its own name: a folder that grows moves none from training to test.
-    """
-    draws = {}
-    for path in paths:
-        name = os.fsencode(os.path.relpath(path, root))
-        draws[path] = int(hashlib.sha256(b"%d/" % SPLIT_SEED + name).hexdigest()[:8], 16) / 2**32
-    order = sorted(paths, key=draws.__getitem__)
-    count = sum(draw < 0.1 for draw in draws.values())
-    count = min(max(1, count), len(paths) - 1)
-    return order[count:], order[:count]
+        with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
+            list(progress(pool.map(read, numbers), "reading pictures", len(numbers)))
+        return errors
 
+    def read(self, paths: list[str], part: str) -> tuple[Tensor, dict[int, str]]:
+        """The pictures of `part` as predict's letterbox shows them, and the errors of some.
 
-def find_splits(root: str) -> dict[str, dict[str, list[str]]]:
-    """The classes' pictures of train and of test; UserError if they make no data set."""
-    # A class may be called train. The split has no pictures of its own: all are in its classes.
-    places = {name: os.path.join(root, name) for name in ("train", "test")}
-    pictures = pictures_below(places["train"])
-    is_split = bool(pictures) and all(os.path.dirname(p) != places["train"] for p in pictures)
-    train = find_classes(places["train"] if is_split else root)
-    if is_split and os.path.isdir(places["test"]):
-        test = find_classes(places["test"])
-    else:
-        halves = {name: split_class(paths, root) for name, paths in train.items()}
-        train = {name: half[0] for name, half in halves.items()}
-        test = {name: half[1] for name, half in halves.items()}
-    if len(train) < 2:
-        found = f"they are in {len(train)}"
-        raise UserError(f"--dataset: {root} needs pictures in at least two subfolders; {found}")
-    if unknown := [name for name in test if name not in train]:
-        raise UserError(f"--dataset: {root} has no training pictures of {', '.join(unknown)}")
-    for name in train:
-        if not test.get(name):
-            log(f"class {name}: no picture to test on")
-    return {"train": train, "test": test}
+        The array is kept in a cache file until a picture's name, size or date changes.
+        """
+        sha, cache = hashlib.sha256(b"%d" % CACHE_FORMAT), Path(f"{self.cache}-{part}.cache")
+        for path in paths:
+            sha.update(os.fsencode(f"\n{path}"))
+            with contextlib.suppress(OSError):  # a link to nothing, which is named below
+                status = os.stat(path)
+                sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
+        place = open_data_dir(cache.parent) if self.keep else contextlib.nullcontext(False)
+        with place as writable:
+            saved: Record = {}
+            with contextlib.suppress(Exception):  # any: a missing or damaged file is made again
+                saved = load_whole(cache)
+            if not isinstance(saved, dict) or saved.get("key") != sha.digest():
+                images = NO_IMAGES.images.new_zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE)
+                errors: dict[int, Any] = dict.fromkeys(range(len(paths)))
+                saved = {"key": sha.digest(), "images": images, "errors": errors}
+            # All pictures, or those that could not be read: the reason may be gone.
+            before, images = saved["errors"], saved["images"]
+            saved["errors"] = errors = self.letterbox_all(paths, before, images)
+            try:
+                if writable and errors != before:
+                    save_atomically(saved, cache)
+            except UserError as error:
+                log(f"{error}; the pictures will be read again next time")
+        return images, errors
 
+    def load_split(self, classes: dict[str, list[str]], names: list[str], part: str) -> Split:
+        """The readable pictures of `part`, with the numbers of their classes in `names`."""
+        paths: list[str] = []
+        labels: list[int] = []
+        for name, pictures in classes.items():
+            paths += pictures
+            labels += [names.index(name)] * len(pictures)
+        images, errors = self.read(paths, part)
+        for number, reason in sorted(errors.items()):
+            log(f"{paths[number]}: {reason}")
+        if errors:
+            log(f"{len(errors)} of {len(paths)} pictures could not be read and are left out")
+        good = [number for number in range(len(paths)) if number not in errors]
+        return Split(images, torch.tensor(labels)).take(torch.tensor(good).long())
 
-def letterbox_all(paths: list[str], numbers: list[int], images: Tensor) -> dict[int, str]:
-    """The pictures of these numbers go to `images` as predict's letterbox shows them.
-
-    Gives the reasons why some could not be read.
-    """
-    errors = {}
-
-    def read(number: int) -> None:
-        try:
-            images[number] = to_pixels(photo_views(read_image(paths[number]), False, False)[0])
-        except UserError as error:
-            errors[number] = str(error)
-
-    with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
-        list(progress(pool.map(read, numbers), "reading pictures", len(numbers)))
-    return errors
-
-
-def read_pictures(classes: dict[str, list[str]], names: list[str], cache: Path | None) -> Split:
-    """The letterboxed pictures of a split; unreadable ones are named and left out.
-
-    The array is kept in the file `cache` until a picture's name, size or date changes.
-    """
-    paths = [path for pictures in classes.values() for path in pictures]
-    rows = {name: row for row, name in enumerate(names)}
-    labels = [rows[name] for name, pictures in classes.items() for _ in pictures]
-    lines = [f"{CACHE_FORMAT}"]
-    for path in paths:
-        lines.append(path)
-        with contextlib.suppress(OSError):  # a link to nothing, which is named below
-            status = os.stat(path)
-            lines.append(f"{status.st_size}/{status.st_mtime_ns}")
-    key = hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
-    with open_data_dir(cache.parent) if cache else contextlib.nullcontext(False) as writable:
-        saved: Record = {}
-        with contextlib.suppress(Exception):  # any: a missing or damaged file is made again
-            saved = load_whole(cache)  # of None, too
-        if not isinstance(saved, dict) or saved.get("key") != key:
-            images = NO_IMAGES.images.new_zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE)
-            saved = {"key": key, "images": images, "errors": dict.fromkeys(range(len(paths)))}
-        # All pictures, or those that could not be read: the reason may be gone.
-        before = saved["errors"]
-        saved["errors"] = letterbox_all(paths, list(before), saved["images"])
-        try:
-            if cache and writable and saved["errors"] != before:
-                save_atomically(saved, cache)
-        except UserError as error:
-            log(f"{error}; the pictures will be read again next time")
-    for number, reason in sorted(saved["errors"].items()):
-        log(f"{paths[number]}: {reason}")
-    if saved["errors"]:
-        log(f"{len(saved['errors'])} of {len(paths)} pictures could not be read and are left out")
-    good = [number for number in range(len(paths)) if number not in saved["errors"]]
-    return Split(saved["images"], torch.tensor(labels)).take(torch.tensor(good).long())
-
-
-def load_folder(settings: DataSettings, training: bool) -> ImageData:
-    """A folder of pictures with one subfolder per class, below train/ and test/ or split here."""
-    root = os.path.abspath(str(settings.dataset))
-    if not os.path.isdir(root):
-        raise UserError(f"the pictures of {root} are no longer there: name them with --dataset")
-    classes = find_splits(root)
-    names, place = list(classes["train"]), hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    splits, data_dir = {"train": NO_IMAGES}, Path(settings.data_dir).absolute()
-    for part in ("train", "test")[not training :]:
-        cache = data_dir / f"{settings.name}-{place}-{part}.cache"
-        inside = data_dir.is_relative_to(root)  # nothing is written into the user's pictures
-        splits[part] = read_pictures(classes[part], names, None if inside else cache)
-    known = set(splits["train"].labels.tolist())
-    missing = [name for number, name in enumerate(names) if number not in known]
-    if training and missing:
-        raise UserError(f"--dataset: no picture of {', '.join(missing)} could be read")
-    if not len(splits["test"]):
-        raise UserError(f"--dataset: {root} leaves no picture to test on")
-    train = splits["train"].take(shuffled(len(splits["train"])))  # --limit-images takes the first
-    return ImageData(root, tuple(names), train, splits["test"], source=Path(root).as_uri())
+    def load(self, training: bool) -> ImageData:
+        """The data set; UserError if no picture of a class, or none to test on, can be read."""
+        classes, train = self.find_splits(), NO_IMAGES
+        names = list(classes["train"])
+        if training:
+            train = self.load_split(classes["train"], names, "train")
+            for number, name in enumerate(names):
+                if number not in train.labels:
+                    raise UserError(f"--dataset: no picture of {name} could be read")
+            train = train.take(shuffled(len(train)))  # --limit-images takes the first
+        test = self.load_split(classes["test"], names, "test")
+        if not len(test):
+            raise UserError(f"--dataset: {self.root} leaves no picture to test on")
+        return ImageData(self.root, tuple(names), train, test, source=Path(self.root).as_uri())
 
 
 def load_data(settings: DataSettings, training: bool = True) -> ImageData:
     """The data set of the settings, with --limit-images and --holdout applied.
 
-    Without `training` the training images are left out, unless --holdout is taken from them.
+    Without `training` the training images are left out, unless some of them are held out.
     """
-    loaders = {"cifar10": load_cifar10, "digits": load_digits}
-    load = loaders.get(settings.dataset or DATASETS[0], load_folder)
-    data = load(settings, training or settings.holdout > 0)
+    training = training or settings.holdout > 0
+    match settings.dataset or DATASETS[0]:
+        case "cifar10":
+            data = load_cifar10(settings, training)
+        case "digits":
+            data = load_digits()
+        case _:
+            data = PictureFolder(settings).load(training)
     if limit := settings.limit_images:
         sample = shuffled(len(data.evaluation))[: max(1, limit // 5)]
         train, test = data.train.take(slice(limit)), data.evaluation.take(sample)
@@ -1487,8 +1430,8 @@ def epoch_generator(
 class BatchSampler(Sampler):
     """The indices of this process's batches: one shuffle for all processes, disjoint shares.
 
-    With `shuffle` each epoch (set `epoch` first) has its own order, shares are equally long, and a
-    short last batch is dropped if a whole one remains. Without, nothing is left out.
+    With `shuffle` each `epoch` has its own order, shares are equally long, and a short last batch
+    is dropped if a whole one remains. Without, nothing is left out.
     """
 
     def __init__(
@@ -1587,9 +1530,8 @@ def shrink(images: Tensor, size: int) -> Tensor:
 def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
     """Uint8 images (N, 3, S, S), the first `share` of them as photos come through the letterbox.
 
-    Half of these as wide pictures, half as tall ones: shrunk, cropped to their short side,
-    continued by reflection along the long one, between gray bars. One size for each half, drawn on
-    the CPU to avoid a sync.
+    Half of these as wide pictures, half as tall ones: shrunk, cropped to the short side, reflected
+    along the long one, between gray bars. One size for each half, drawn on the CPU: no sync.
     """
     pairs = share * len(images) / 2 + float(torch.rand((), generator=host))
     count = min(int(pairs), len(images) // 2)
@@ -1607,6 +1549,11 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
     return images
 
 
+def image_size(progress: float, start_size: int) -> int:
+    """Side of the training images: small for 0.3 of the updates, between up to 0.6, then whole."""
+    return start_size + (IMAGE_SIZE - start_size) * min(int(progress / 0.3), 2) // 2
+
+
 def augment(
     batch: list[Tensor],
     epoch: int,
@@ -1615,7 +1562,7 @@ def augment(
     generator: torch.Generator,
     host: torch.Generator,
 ) -> Tensor:
-    """The images of a batch as training shows them: (N, 3, 32, 32) uint8 at side `size`.
+    """A batch's images (N, 3, 32, 32) as training shows them, at side `size`.
 
     `generator` is on the device, `host` on the CPU.
     """
@@ -1668,10 +1615,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
 def save_model(
     path: Path, model: nn.Module, data: ImageData, config: Config, temperature: float, found: Record
 ) -> None:
-    """The model file: weights of the bare network, and all that is needed to use it without flags.
-
-    `found` are its metrics. `config` holds the recipe with what `auto` stands for.
-    """
+    """The model file: the bare network's weights, its metrics `found`, and what using it needs."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     payload = {
         "format_version": MODEL_FORMAT,
@@ -1830,25 +1774,6 @@ METRIC_NAMES = {  # of the results whose names are not made of their parts
 Files = dict[str, Callable[[], Any]]  # what makes a figure (.png), table (.json) or text (.md)
 
 
-def default_run_name(config: Config) -> str:
-    """What differs from the defaults, in the 18 characters that MLflow's table shows."""
-    flat, defaults = config.flat(), Config().flat()
-    parts = {"evaluate": ["eval"], "benchmark": ["bench"]}.get(config.run.mode, [])
-    for each in config.fields():
-        short, value = each.metadata["short"], flat[each.name]
-        if not short or value == defaults[each.name]:
-            continue
-        if isinstance(value, bool):
-            parts.append(short if value else f"no{short}")
-        else:
-            text = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem
-            parts.append(short + text)
-    if parts:
-        parts[0] = parts[0][:18]
-    names = itertools.accumulate(parts, "{} {}".format)
-    return max((name for name in names if len(name) <= 18), key=len, default="default")
-
-
 def resolved_settings(
     runtime: Runtime, options: Record, report: CompileReport, data: ImageData
 ) -> Record:
@@ -1871,63 +1796,6 @@ def resolved_settings(
         "run_backend": dist.get_backend() if runtime.world_size > 1 else "none",
         "run_non_blocking": runtime.device.type == "cuda",
     }
-
-
-def shared_view(mode: str, prefix: str) -> str:
-    """MLflow's saved view, undocumented (3.17): the runs table with the columns that matter."""
-    metrics = [f"{prefix}/accuracy", f"{prefix}/accuracy_tta", "time/train_s", "memory/peak_mb"]
-    params = [
-        "epochs",
-        "run_effective_batch",
-        "run_peak_lr",
-        "run_amp_dtype",
-        "run_compile",
-        "seed",
-    ]
-    search, order = "", "attributes.start_time"
-    if mode == "benchmark":  # sorted by a metric, the table unfolds the runs below their parent
-        search, order = "tags.task = 'benchmark'", "metrics.`ratio/training`"
-        metrics = ["ratio/training", "speed/train_img_s", "memory/peak_mb", "infer/photo_ms"]
-        params = ["run_data_loading", "run_memory_format", "run_amp_dtype", "run_compile"]
-    columns = [f"metrics.`{key}`" for key in metrics]
-    columns += [f"params.`{key}`" for key in params]
-    state = {
-        "searchFilter": search,
-        "orderByKey": order,
-        "orderByAsc": False,
-        "startTime": "ALL",
-        "lifecycleFilter": "Active",
-        "datasetsFilter": [],
-        "modelVersionFilter": "All Runs",
-        "selectedColumns": columns,
-    }
-    view = {"name": f"classifier.py {mode}", "createdAt": 0, "updatedAt": 0}
-    return json.dumps(view | {"state": json.dumps(state)})
-
-
-def log_served_model(path: Path, name: str) -> None:
-    """The model for `mlflow models serve`: this script (models-from-code) and `path`, no pickle.
-
-    The example tells MLflow which parameters a request may have. Needs an active run.
-    """
-    import mlflow
-    import PIL
-
-    picture = io.BytesIO()
-    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY)).save(picture, "PNG")
-    parameters = {"top_k": 3, "threshold": 0.0, "tta": True}
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    stored = mlflow.pyfunc.log_model(
-        name=re.sub(r"[^\w-]", "-", name),
-        python_model=__file__,
-        artifacts={"model": str(path)},
-        input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
-        pip_requirements=[f"{key}=={value.split('+')[0]}" for key, value in versions.items()],
-    )
-    log(
-        f"serve it: MLFLOW_TRACKING_URI={shlex.quote(mlflow.get_tracking_uri())} mlflow models "
-        f"serve --env-manager local --port 5001 -m {stored.model_uri}"
-    )
 
 
 class Tracker:
@@ -1962,7 +1830,7 @@ class MlflowTracker(Tracker):
         import mlflow
 
         self.config, self.uri, self.run_id, self.parent = config, uri, run_id, parent
-        self.name = config.tracking.run_name or default_run_name(config)
+        self.mlflow: Any = mlflow
         self.database: Path | None = None
         if uri.startswith("sqlite:///"):  # may be quoted and have options
             place = urllib.parse.unquote(uri.removeprefix("sqlite:///").split("?")[0])
@@ -1988,45 +1856,40 @@ class MlflowTracker(Tracker):
             self.check_database()
             while self.pending:
                 store, content = self.pending[0]
-                with signals_held_back():  # so that no record is sent twice
-                    store(**content)
-                    self.pending.pop(0)
+                store(**content)
+                self.pending.pop(0)
                 if self.pending and time.monotonic() > deadline:
                     raise TimeoutError(f"it takes more than {TRACKING_PATIENCE:g} s")
         except Exception as error:  # any: tracking must never end a training
             if not self.warned:
-                log(
-                    f"cannot log to MLflow at {self.uri}: {first_line(error)}; the work goes on, "
-                    f"each epoch tries again"
-                )
+                problem = f"cannot log to MLflow at {self.uri}: {first_line(error)}"
+                log(f"{problem}; the work goes on, each epoch tries again")
             self.warned = True
 
     def check_database(self) -> None:
         """Raises within 5 s where MLflow would try for 20 s (locked) or 103 s (not writable)."""
-        import sqlite3
-
         if self.database:
             with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
 
     def store_start(self, when: int) -> None:
         """Finds or makes the experiment, then continues the run `run_id` or makes a new one."""
-        from mlflow import MlflowClient
-
         with contextlib.ExitStack() as stack:
             if self.database:  # two processes that create its tables at once break each other
                 lock = self.database.with_name(f".{self.database.name}.lock")
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
-            self.client = MlflowClient()  # creates them
+            self.client = self.mlflow.MlflowClient()  # creates them
             self.experiment_id = self.find_experiment()
         run = self.find_run() or self.create_run(when)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.known_params = run.data.params
-        mode, held_out = self.config.run.mode, self.config.data.holdout > 0
-        view = shared_view(mode, "holdout" if held_out else "test")
-        self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{mode}", view)
+        view = f"mlflow.sharedViewState.{self.config.run.mode}"
+        self.client.set_experiment_tag(self.experiment_id, view, self.shared_view())
         if self.config.tracking.system_metrics:
-            self.start_monitor()
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self.monitor = SystemMetricsMonitor(self.run_id, 2, resume_logging=True)
+            self.monitor.start()
 
     def find_experiment(self) -> str:
         """The experiment's id; a deleted one is restored, a missing one made."""
@@ -2042,14 +1905,12 @@ class MlflowTracker(Tracker):
 
     def find_run(self) -> Any:
         """The run to continue, with what it has already; None if there is none."""
-        from mlflow.exceptions import MlflowException
-
         if not self.run_id:
             return None
         try:
             run = self.client.get_run(self.run_id)
             self.client.update_run(self.run_id, status="RUNNING")
-        except MlflowException as error:
+        except self.mlflow.MlflowException as error:
             gone = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
             if error.error_code not in gone:
                 raise
@@ -2063,24 +1924,28 @@ class MlflowTracker(Tracker):
         return run
 
     def create_run(self, when: int) -> Any:
-        from mlflow.tracking.context.registry import resolve_tags  # user, script, git commit
-
-        tags = resolve_tags()
+        tags = self.mlflow.tracking.context.registry.resolve_tags()  # user, script, git commit
         if self.parent and self.parent.run_id:
             tags["mlflow.parentRunId"] = self.parent.run_id
-        return self.client.create_run(self.experiment_id, when, tags, self.name)
+        return self.client.create_run(self.experiment_id, when, tags, self.config.run_name)
 
-    def start_monitor(self) -> None:
-        """MLflow's own monitor of the machine."""
-        try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-        except ImportError as error:
-            log(f"--system-metrics: nothing is measured: {error}: pip install psutil")
-            return
-        self.monitor = SystemMetricsMonitor(
-            self.run_id, sampling_interval=2, resume_logging=True, tracking_uri=self.uri
-        )
-        self.monitor.start()
+    def shared_view(self) -> str:
+        """MLflow's saved view, undocumented (3.17): the runs table with the columns that matter."""
+        mode, part = self.config.run.mode, "holdout" if self.config.data.holdout else "test"
+        metrics = f"{part}/accuracy {part}/accuracy_tta time/train_s memory/peak_mb"
+        params = "epochs run_effective_batch run_peak_lr run_amp_dtype run_compile seed"
+        search, order = "", "attributes.start_time"
+        if mode == "benchmark":  # sorted by a metric, the table unfolds the runs below their parent
+            search, order = "tags.task = 'benchmark'", "metrics.`ratio/training`"
+            metrics = "ratio/training speed/train_img_s memory/peak_mb infer/photo_ms"
+            params = "run_data_loading run_memory_format run_amp_dtype run_compile"
+        columns = [f"metrics.`{key}`" for key in metrics.split()]
+        columns += [f"params.`{key}`" for key in params.split()]
+        table = {"searchFilter": search, "orderByKey": order, "orderByAsc": False}
+        table |= {"startTime": "ALL", "lifecycleFilter": "Active", "datasetsFilter": []}
+        table |= {"modelVersionFilter": "All Runs", "selectedColumns": columns}
+        view = {"name": f"classifier.py {mode}", "createdAt": 0, "updatedAt": 0}
+        return json.dumps(view | {"state": json.dumps(table)})
 
     def log_settings(self, resolved: Record, data: ImageData) -> None:
         params = {}
@@ -2090,36 +1955,28 @@ class MlflowTracker(Tracker):
         params.pop("resume")
         alike = {name: text for name, text in params.items() if name not in ("seed", "run_name")}
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
-        tags = {
-            "task": self.config.run.mode,
-            "torch": str(torch.__version__),
-            "host": platform.node(),
-            "group": digest[:8],  # the UI averages over a group: over seeds
-        }
+        tags = {"task": self.config.run.mode, "torch": str(torch.__version__)}
+        tags |= {"host": platform.node(), "group": digest[:8]}  # the UI averages a group: its seeds
         splits = {"train": data.train, data.evaluation_name: data.evaluation}
         digests = {name: split.digest for name, split in splits.items() if len(split)}
-        self.add(self.store_settings, params=params, tags=tags)
-        self.add(self.store_data, source=data.source, digests=digests)
+        source = json.dumps({"url": data.source})
+        self.add(self.store_settings, params=params, tags=tags, source=source, digests=digests)
         self.flush()
 
-    def store_settings(self, when: int, params: dict[str, str], tags: dict[str, str]) -> None:
+    def store_settings(
+        self, when: int, params: dict[str, str], tags: Record, source: str, digests: Record
+    ) -> None:
         """A resumed run's parameters stay; what differs now becomes a tag."""
-        from mlflow.entities import Param, RunTag
-
-        known = self.known_params
-        new = [Param(name, value) for name, value in params.items() if name not in known]
+        known, entities, inputs = self.known_params, self.mlflow.entities, []
+        new = [entities.Param(*each) for each in params.items() if each[0] not in known]
         changed = {name: value for name, value in params.items() if known.get(name, value) != value}
-        tags |= {f"resumed_{name}": value for name, value in changed.items()}
-        run_tags = [RunTag(name, value) for name, value in tags.items()]
+        tags = tags | {f"resumed_{name}": value for name, value in changed.items()}
+        run_tags = [entities.RunTag(*each) for each in tags.items()]
         self.client.log_batch(self.run_id, params=new, tags=run_tags)
-
-    def store_data(self, when: int, source: str, digests: dict[str, str]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        inputs = []
         for context, digest in digests.items():
-            dataset = Dataset(self.config.data.name, digest, "http", json.dumps({"url": source}))
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+            dataset = entities.Dataset(self.config.data.name, digest, "http", source)
+            tag = entities.InputTag("mlflow.data.context", context)
+            inputs.append(entities.DatasetInput(dataset, [tag]))
         self.client.log_inputs(self.run_id, inputs)
 
     def log_metrics(self, record: Record, step: int = 0) -> None:
@@ -2134,11 +1991,8 @@ class MlflowTracker(Tracker):
         self.flush()
 
     def store_metrics(self, when: int, values: dict[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
         if step not in self.known_steps:
-            metrics = [Metric(name, value, when, step) for name, value in values.items()]
-            self.client.log_batch(self.run_id, metrics=metrics)
+            self.mlflow.log_metrics(values, step, run_id=self.run_id, timestamp=when)
 
     def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None:
         defaults = Config().flat()
@@ -2146,18 +2000,13 @@ class MlflowTracker(Tracker):
         for name, value in self.config.flat().items():
             if value != defaults[name]:
                 lines.append(f"- `{name}` {loggable(value)}")
-        self.add(self.store_note, text="\n".join(lines))
-        self.add(self.store_files, files=files, model=model)
+        self.add(self.store_outcome, text="\n".join(lines), files=files, model=model)
         self.flush()
 
-    def store_note(self, when: int, text: str) -> None:
-        self.client.set_tag(self.run_id, "mlflow.note.content", text)
-
-    def store_files(self, when: int, files: Files, model: Path | None) -> None:
-        """Failures are logged and passed over: files may be stored elsewhere than the run."""
-        import mlflow
-
+    def store_outcome(self, when: int, text: str, files: Files, model: Path | None) -> None:
+        """What fails of the files is passed over: they may be stored elsewhere than the run."""
         client = self.client
+        client.set_tag(self.run_id, "mlflow.note.content", text)
         ways = {"png": client.log_figure, "json": client.log_table, "md": client.log_text}
         for name, make in files.items():
             try:
@@ -2166,10 +2015,33 @@ class MlflowTracker(Tracker):
                 log(f"MLflow did not store {name}: {first_line(error)}")
         try:
             if model:
-                with mlflow.start_run(self.run_id, log_system_metrics=False):
-                    log_served_model(model, self.name)
+                self.log_model(model)
         except Exception as error:  # any: see above
             log(f"MLflow did not store the model: {first_line(error)}")
+
+    def log_model(self, path: Path) -> None:
+        """For `mlflow models serve`: this script (models-from-code) and `path`, no pickle.
+
+        The example tells MLflow which parameters a request may have.
+        """
+        import PIL
+
+        picture = io.BytesIO()
+        Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY)).save(picture, "PNG")
+        parameters = {"top_k": 3, "threshold": 0.0, "tta": True}
+        versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+        with self.mlflow.start_run(self.run_id, log_system_metrics=False):
+            stored = self.mlflow.pyfunc.log_model(
+                name=re.sub(r"[^\w-]", "-", self.config.run_name),
+                python_model=__file__,
+                artifacts={"model": str(path)},
+                input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
+                pip_requirements=[f"{key}=={each.split('+')[0]}" for key, each in versions.items()],
+            )
+        log(
+            f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow models "
+            f"serve --env-manager local --port 5001 -m {stored.model_uri}"
+        )
 
     def close(self, status: str) -> None:
         self.add(self.store_status, status=status)
@@ -2178,15 +2050,12 @@ class MlflowTracker(Tracker):
             self.keep_pending()
         if self.pending or self.parent:  # whose end says how to compare
             return
-        page = (
-            f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
-            f"&viewStateShareKey={self.config.run.mode}"
-        )
-        server = self.uri
+        server, mode = self.uri, self.config.run.mode
         if not re.match("https?://", server):
             log(f"compare runs: mlflow ui --backend-store-uri {shlex.quote(server)}, then open")
             server = "http://127.0.0.1:5000"
-        log(f"compare runs: {server}/{page}")
+        page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
+        log(f"compare runs: {server}/{page}&viewStateShareKey={mode}")
 
     def store_status(self, when: int, status: str) -> None:
         if self.monitor:
@@ -2216,7 +2085,7 @@ def open_tracker(
 
     `run_id` continues that run; `parent` is the tracker whose run this one folds under.
     """
-    if not config.tracking.mlflow or not runtime.is_main or type(parent) is Tracker:
+    if not config.tracking.mlflow or runtime.rank or type(parent) is Tracker:
         yield Tracker()
         return
     # A user's own value wins. Without the first two a dead server costs 245 s a call; stdout
@@ -2261,8 +2130,7 @@ TEMPERATURE_PRIOR = 10.0  # weight of the usual temperature, in nats per squared
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The matrix (rows, columns) with its singular values brought to 0.68 to 1.2, unless they are
-    below a fiftieth of its norm.
+    """The matrix with its singular values, from a fiftieth of its norm on, brought to 0.68 to 1.2.
 
     Three Newton-Schulz steps (Jordan 2024, kellerjordan.github.io/posts/muon), taken on the small
     square matrix of the rows' products and applied to the long rows once: half the time, as exact.
@@ -2288,6 +2156,30 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[Record]) -> None:
         super().__init__(groups, {"weight_decay": 0.0})
 
+    @classmethod
+    def for_model(cls, model: CifarNet, recipe: RecipeSettings, batch: int) -> Muon:
+        """For updates of `batch` images; the rates derive from those of the reference batch.
+
+        An epoch makes the same progress at every batch size: momentum remembers as many images, and
+        the rate grows with the batch (arXiv:1706.02677). What momentum adds to SGD is divided out.
+        """
+        ratio = batch / REFERENCE_BATCH
+        slow = 1 - (1 - recipe.momentum) / HEAD_MEMORY
+        lr, sgd = cast(float, recipe.lr), ratio * (1 - slow**ratio) / (1 - slow)
+        rates = {
+            "filters": lr * ratio,
+            "head": lr * HEAD_RATE * sgd,
+            "biases": lr * BIAS_RATE * sgd,
+        }
+        groups = []
+        for name, parameters in model.parameter_groups().items():
+            momentum, decay = slow**ratio, recipe.weight_decay * ratio / rates[name]
+            if name == "filters":
+                momentum, decay = recipe.momentum**ratio, 0.0
+            group = {"params": parameters, "peak_lr": rates[name], "momentum": momentum}
+            groups.append(group | {"weight_decay": decay})
+        return cls(groups)
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -2304,50 +2196,18 @@ class Muon(torch.optim.Optimizer):
                 weight.add_(update, alpha=-group["lr"])
 
 
-def build_optimizer(model: CifarNet, recipe: RecipeSettings, batch: int) -> Muon:
-    """The optimizer for updates of `batch` images; its rates derive from the reference batch's.
-
-    An epoch should make the same progress at every batch size: momentum remembers as many images,
-    and the rate grows with the batch (arXiv:1706.02677). Head and biases move by each gradient
-    1 / (1 - momentum) times, which is divided out.
-    """
-    ratio = batch / REFERENCE_BATCH
-    slow = 1 - (1 - recipe.momentum) / HEAD_MEMORY
-    sgd = ratio * (1 - slow**ratio) / (1 - slow)
-    lr = cast(float, recipe.lr)
-    rates = {"filters": lr * ratio, "head": lr * HEAD_RATE * sgd, "biases": lr * BIAS_RATE * sgd}
-    groups = []
-    for name, parameters in model.parameter_groups().items():
-        momentum, decay = slow**ratio, recipe.weight_decay * ratio / rates[name]
-        if name == "filters":
-            momentum, decay = recipe.momentum**ratio, 0.0
-        group = {"params": parameters, "peak_lr": rates[name], "momentum": momentum}
-        groups.append(group | {"weight_decay": decay})
-    return Muon(groups)
-
-
-def image_size(progress: float, start_size: int) -> int:
-    """Side of the training images: small for 0.3 of the updates, between up to 0.6, then whole."""
-    return start_size + (IMAGE_SIZE - start_size) * min(int(progress / 0.3), 2) // 2
-
-
 def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple]:
-    """Each of `count` equal batches, its weight in its update, and whether it closes the update.
-
-    A short last window is a whole update.
-    """
+    """Each of `count` equal batches, its weight in its update, and whether it closes the update."""
     for position, batch in enumerate(batches):
         window = min(steps, count - position // steps * steps)
         yield batch, 1 / window, position % steps == window - 1
 
 
 class Meter:
-    """Loss and accuracy of an epoch of `count` batches, kept on the device to avoid syncs.
-
-    The tensors are preallocated: small ones of each batch fragment the heap, which cost 0.9 GB.
-    """
+    """Loss and accuracy of an epoch of `count` batches, kept on the device to avoid syncs."""
 
     def __init__(self, count: int, device: torch.device) -> None:
+        # At once: many small tensors would fragment the heap, which cost 0.9 GB.
         self.losses, self.correct = torch.zeros(2, count, device=device)
         self.batches = self.images = 0
         self.wait_seconds = 0.0
@@ -2499,12 +2359,30 @@ class Evaluation(NamedTuple):
         rows = zip(class_names, correct, counts, strict=True)
         return {name: correct / count for name, correct, count in rows if count}
 
+    def files(self, class_names: tuple[str, ...]) -> Files:
+        """What an MLflow run keeps: confusion matrix and accuracy by class."""
+
+        def matrix() -> Any:
+            from matplotlib.figure import Figure
+            from sklearn.metrics import ConfusionMatrixDisplay
+
+            side, few = 3 + 0.5 * min(len(class_names), 60), len(class_names) <= 30
+            figure = Figure(figsize=(side, side), layout="constrained")
+            counts = self.confusion.long().numpy()
+            display = ConfusionMatrixDisplay(counts, display_labels=class_names)
+            style = {"cmap": "Blues", "colorbar": False, "xticks_rotation": 45}
+            display.plot(ax=figure.add_subplot(), include_values=few, values_format="d", **style)
+            return figure
+
+        per_class = self.per_class(class_names)
+        accuracies = [100 * accuracy for accuracy in per_class.values()]
+        table = {"class": list(per_class), "accuracy": accuracies}
+        return {"confusion_matrix.png": matrix, "per_class.json": lambda: table}
+
 
 def fit_temperature(logits: Tensor, labels: Tensor, usual: float, runtime: Runtime) -> float:
-    """What all processes' logits (N, classes) are divided by for the least loss (Guo 2017).
-
-    A prior holds it near the `usual` one where few images, or no errors, say little.
-    """
+    """What all processes' logits (N, classes) are divided by for the least loss (Guo 2017), held
+    near the `usual` temperature by a prior where few images, or no errors, say little."""
     tried = torch.logspace(-1, 1, 201)  # in steps of 2 %
     losses = [F.cross_entropy(logits / each, labels, reduction="sum") for each in tried]
     total = runtime.sum(torch.stack(losses).to(runtime.device)).cpu()
@@ -2577,8 +2455,7 @@ def evaluate(
 class Prediction:
     """The answer for one picture, or the `error` that kept it from being read.
 
-    `milliseconds` is its share of its batch's time. `views` is what the network saw, uint8
-    (3, S, S) each, if that was asked for.
+    `milliseconds` is its share of its batch's time, `views` what the network saw, uint8 (3, S, S).
     """
 
     image: Any
@@ -2590,6 +2467,15 @@ class Prediction:
     animated: bool = False
     views: tuple[Tensor, ...] = field(default=(), repr=False)
 
+    def line(self) -> str:
+        """Label, confidence, a bar, the next classes."""
+        full, empty = "█░" if "utf" in (sys.stdout.encoding or "").lower() else "#."
+        tenths = round(10 * cast(float, self.confidence))
+        bar = full * tenths + empty * (10 - tenths)
+        others = [f"{name} {percent(value)}" for name, value in self.top if name != self.label]
+        rest = f"  ({', '.join(others)})" if others else ""
+        return f"{self.image}: {self.label}  {percent(self.confidence)}  {bar}{rest}"
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -2600,14 +2486,14 @@ class Predictor:
     runtime: Runtime
 
     @torch.inference_mode()
-    def probabilities(self, images: Tensor, tta: bool, squares: Tensor | None = None) -> Tensor:
-        """(N, classes) on the CPU, of uint8 images (N, 3, 32, 32) and squares (V, N, 3, S, S)."""
-        (images,) = self.runtime.move(images)
-        views = [images[None]]
-        if squares is not None:
-            views += self.runtime.move(squares)
+    def probabilities(self, kinds: list[Tensor], tta: bool) -> Tensor:
+        """(N, classes) on the CPU, of uint8 letterboxes (N, 3, 32, 32) and squares (N, 3, S, S)."""
+        letterboxes, *squares = self.runtime.move(*kinds)
+        views = [letterboxes[None]]
+        if squares:
+            views.append(torch.stack(squares))
         elif tta:
-            views = [shifted_views(images, self.saved.flip)]
+            views = [shifted_views(letterboxes, self.saved.flip)]
         with self.runtime.autocast():
             logits = view_logits(self.net, views).mean(0)
         return (logits / self.saved.temperature).softmax(1).cpu()
@@ -2619,15 +2505,57 @@ class Predictor:
         for row, picture in enumerate(batch):
             groups.setdefault(len(picture.views), []).append(row)
         groups.pop(0, None)  # unreadable
-        for count, rows in groups.items():
-            images, squares = torch.stack([batch[row].views[0] for row in rows]), None
-            if count > 1:
-                several = [torch.stack(batch[row].views[1:]) for row in rows]
-                squares = torch.stack(several, dim=1)  # (V, N, 3, S, S)
-            found[rows] = self.probabilities(images, tta, squares)
+        for rows in groups.values():
+            same_kind = zip(*(batch[row].views for row in rows), strict=True)
+            found[rows] = self.probabilities([torch.stack(views) for views in same_kind], tta)
         if not found.isfinite().all():
             raise UserError("the network's answers are not finite: its weights are damaged")
         return found
+
+    def predict(
+        self,
+        sources: Iterable[Any],
+        top_k: int = 3,
+        threshold: float = 0.0,
+        tta: bool = True,
+        keep_views: bool = False,
+    ) -> Iterator[Prediction]:
+        """One `Prediction` per source, in order. While the network answers, threads decode more."""
+        if top_k < 1:
+            raise UserError(f"top_k must be at least 1: {top_k}")
+
+        def load(source: Any) -> Prediction:
+            try:
+                image = read_image(source)
+            except UserError as error:
+                return Prediction(source, error=str(error))
+            views = tuple(to_pixels(view) for view in photo_views(image, tta, self.saved.flip))
+            return Prediction(source, animated=image.info.get("animated", False), views=views)
+
+        names, remaining = self.saved.class_names, iter(sources)
+        started, chunk = time.perf_counter(), list(itertools.islice(remaining, PREDICTION_BATCH))
+        with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
+            loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
+            while chunk:
+                batch, following = (
+                    list(loading),
+                    list(itertools.islice(remaining, PREDICTION_BATCH)),
+                )
+                loading = pool.map(load, following)
+                best = self.answer(batch, tta).topk(min(top_k, len(names)))
+                milliseconds = 1000 * (time.perf_counter() - started) / len(chunk)
+                started = time.perf_counter()
+                rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
+                for picture, values, indices in rows:
+                    if picture.error:
+                        yield picture
+                        continue
+                    top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
+                    label = names[indices[0]] if values[0] >= threshold else "unknown"
+                    views = picture.views if keep_views else ()
+                    known = {"label": label, "confidence": values[0], "top": top, "views": views}
+                    yield replace(picture, milliseconds=milliseconds, **known)
+                chunk = following
 
 
 _predictor_lock = threading.Lock()
@@ -2650,62 +2578,12 @@ def cached_model(
     path: str | Path, device: str = "auto", amp: bool | None = None, compile: bool | None = None
 ) -> Predictor:
     """The predictor of a model file; reads the file only if it was not the last one asked for."""
-    path, stamp = Path(path).absolute(), ()
+    path, stamp = Path(path).absolute(), cast(tuple[int, ...], ())
     with contextlib.suppress(OSError):  # load_model has the words for it
         status = path.stat()
-        stamp = status.st_mtime_ns, status.st_size, status.st_ino  # type: ignore[assignment]
+        stamp = status.st_mtime_ns, status.st_size, status.st_ino
     with _predictor_lock:  # threads that come at once wait for one load
         return load_predictor(path, stamp, device, amp, compile)
-
-
-def load_views(source: Any, tta: bool, flip: bool) -> Prediction:
-    """One picture as the network sees it, not answered yet."""
-    try:
-        image = read_image(source)
-    except UserError as error:
-        return Prediction(source, error=str(error))
-    views = tuple(to_pixels(view) for view in photo_views(image, tta, flip))
-    return Prediction(source, animated=image.info.get("animated", False), views=views)
-
-
-def predict_each(
-    predictor: Predictor,
-    sources: Iterable[Any],
-    top_k: int = 3,
-    threshold: float = 0.0,
-    tta: bool = True,
-    keep_views: bool = False,
-) -> Iterator[Prediction]:
-    """One `Prediction` per source, in order. While the network answers, threads decode the next."""
-    if top_k < 1:
-        raise UserError(f"top_k must be at least 1: {top_k}")
-    names = predictor.saved.class_names
-    load = functools.partial(load_views, tta=tta, flip=predictor.saved.flip)
-    remaining, started = iter(sources), time.perf_counter()
-    chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
-    with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
-        loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
-        while chunk:
-            batch, following = list(loading), list(itertools.islice(remaining, PREDICTION_BATCH))
-            loading = pool.map(load, following)
-            best = predictor.answer(batch, tta).topk(min(top_k, len(names)))
-            milliseconds = 1000 * (time.perf_counter() - started) / len(chunk)
-            started = time.perf_counter()
-            rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
-            for picture, values, indices in rows:
-                if picture.error:
-                    yield picture
-                    continue
-                top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
-                yield replace(
-                    picture,
-                    label=names[indices[0]] if values[0] >= threshold else "unknown",
-                    confidence=values[0],
-                    top=top,
-                    milliseconds=milliseconds,
-                    views=picture.views if keep_views else (),
-                )
-            chunk = following
 
 
 def predict(
@@ -2719,14 +2597,13 @@ def predict(
 ) -> list[Prediction]:
     """Classify pictures: paths, bytes or PIL images (one, or any iterable of them).
 
-    The model is loaded, and on CUDA compiled, by the first call and kept until `model_path` or its
-    file changes. Safe from several threads. A picture that cannot be read gets a `Prediction` whose
-    `error` says why. `label` is "unknown" if the confidence is below `threshold`. Raises
-    `UserError` for a bad model or device.
+    The first call loads the model, and compiles it on CUDA; it is kept until `model_path` or its
+    file changes. Safe from several threads. `label` is "unknown" below `threshold`. A picture that
+    cannot be read gets an `error` that says why; a bad model or device raises `UserError`.
     """
     single = isinstance(images, str | bytes | Path | Image.Image)
     predictor = cached_model(model_path, device)
-    return list(predict_each(predictor, [images] if single else images, top_k, threshold, tta))
+    return list(predictor.predict([images] if single else images, top_k, threshold, tta))
 
 
 def served_model() -> Any:
@@ -2742,7 +2619,7 @@ def served_model() -> Any:
                 encoded = [text.rpartition(",")[2] for text in model_input]  # also of data URLs
                 pictures = [base64.b64decode(text, validate=True) for text in encoded]
                 predictor = cached_model(context.artifacts["model"], compile=False)
-                answers = list(predict_each(predictor, pictures, **(params or {})))
+                answers = list(predictor.predict(pictures, **(params or {})))
             except (ValueError, UserError) as error:  # ValueError: not base64
                 raise MlflowException.invalid_parameter_value(str(error)) from None
             keys = ("label", "confidence", "error")
@@ -2759,22 +2636,15 @@ ANNOUNCEMENT = (
     "workers, {run_device} with {run_threads} threads\n{run_amp_dtype} ({run_amp_reason}), "
     "compiled: {run_compile} ({run_compile_reason})"
 )
-EPOCH_COLUMNS = (  # heading, key of the record, width, format
-    ("epoch", "epoch", 5, "d"),
-    ("train loss", "train_loss", 10, ".4f"),
-    ("train acc", "train_accuracy", 9, ".2%"),
-    ("{} loss", "{}_loss", 12, ".4f"),
-    ("{} acc", "{}_accuracy", 11, ".2%"),
-    ("lr", "lr", 8, ".2g"),
-    ("seconds", "seconds", 7, ".1f"),
-    ("img/s", "images_per_second", 7, ".0f"),
-    ("wait s", "data_wait_seconds", 6, ".2f"),
+EPOCH_HEADING = (
+    "epoch  train loss  train acc  {0:>7} loss  {0:>7} acc        lr  seconds    img/s  wait s  "
+    "time left"
 )
 
 
 def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
     """A result: `text` on stdout, or with --json `record` there and `text` on stderr."""
-    if not runtime.is_main:
+    if runtime.rank:
         return
     if config.run.json and record:
         print(json.dumps(record, allow_nan=False), flush=True)
@@ -2782,137 +2652,101 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
         print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
 
 
-def epoch_row(record: Record, name: str, left: str) -> str:
-    """A line of the epoch table; its heading if `record` is empty."""
-    cells = []
-    for title, key, width, spec in EPOCH_COLUMNS:
-        value = record.get(key.format(name), "") if record else title.format(name)
-        cells.append(f"{value:>{width}}" if isinstance(value, str) else f"{value:{width}{spec}}")
-    return "  ".join([*cells, left])
+def epoch_row(record: Record, name: str, left: float) -> str:
+    """A line of the epoch table, with `left` seconds left."""
+    evaluated = " " * 25
+    if f"{name}_loss" in record:
+        evaluated = f"{record[f'{name}_loss']:12.4f}  {record[f'{name}_accuracy']:11.2%}"
+    return (
+        "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
+        "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
+    ).format(**record, evaluated=evaluated, left=duration(left))
 
 
-def evaluation_files(evaluation: Evaluation, class_names: tuple[str, ...]) -> Files:
-    """What an MLflow run keeps of an evaluation: confusion matrix and accuracy by class."""
-
-    def matrix() -> Any:
-        from matplotlib.figure import Figure
-        from sklearn.metrics import ConfusionMatrixDisplay
-
-        side, few = 3 + 0.5 * min(len(class_names), 60), len(class_names) <= 30
-        figure = Figure(figsize=(side, side), layout="constrained")
-        counts = evaluation.confusion.long().numpy()
-        display = ConfusionMatrixDisplay(counts, display_labels=class_names)
-        style = {"cmap": "Blues", "colorbar": False, "xticks_rotation": 45}
-        display.plot(ax=figure.add_subplot(), include_values=few, values_format="d", **style)
-        return figure
-
-    per_class = evaluation.per_class(class_names)
-    accuracies = [100 * accuracy for accuracy in per_class.values()]
-    table = {"class": list(per_class), "accuracy": accuracies}
-    return {"confusion_matrix.png": matrix, "per_class.json": lambda: table}
-
-
-@dataclass
 class Training:
-    """What `train_seed` needs of one training, built from the settings."""
+    """One seed's network, optimizer and loader, built from the settings; nothing trained yet."""
 
-    state: TrainState
-    sampler: BatchSampler
-    loader: DataLoader
-    recipe: RecipeSettings  # with what `auto` stands for
-    steps: int  # micro-batches per update
-    resolved: Record
-    compile_seconds: float
+    def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
+        self.config, self.data, train, count = config, data, config.train, len(data.train)
+        self.recipe = recipe = config.recipe.resolve(train.init_from, data.flip)
+        torch.manual_seed(train.seed)
+        model = CifarNet(recipe.width, len(data.class_names), pixel_statistics(data.train.images))
+        if train.init_from:
+            self.adopt_weights(model, Path(train.init_from))
+        self.sampler = BatchSampler(count, train.batch_size, runtime, shuffle=True, seed=train.seed)
+        share, batches = self.sampler.share, len(self.sampler)
+        if not batches:
+            processes = runtime.world_size
+            raise UserError(f"{count} training images are too few for {processes} processes")
+        options = loader_options(config.data.num_workers, runtime)
+        self.loader = build_loader(data.train, self.sampler, options)
+        example = shrink(data.train.images[: min(share, train.batch_size)], recipe.start_size)
+        wanted = pick_compile(config.run.compile, runtime.device, one_off=False)
+        net, self.report = accelerate(model.train(), runtime, wanted, example)
+        # An update cannot see more than an epoch has.
+        self.steps = min(train.accumulate_grad_steps, batches)
+        batch = min(train.batch_size * self.steps, share) * runtime.world_size
+        optimizer = Muon.for_model(model, recipe, batch)
+        total = train.epochs * math.ceil(batches / self.steps)
+        self.state = TrainState(model, runtime.distribute(net), optimizer, total, runtime)
+        peak_lr = optimizer.param_groups[0]["peak_lr"]
+        self.resolved = resolved_settings(runtime, options, self.report, data)
+        self.resolved |= {"run_effective_batch": batch, "run_peak_lr": peak_lr}
+        self.resolved["run_flip"] = recipe.flip
 
+    def adopt_weights(self, model: CifarNet, path: Path) -> None:
+        """Those of --init-from; UserError if that model may have seen held-out images."""
+        data, holdout = self.data, self.config.data.holdout
+        try:
+            saved = load_model(path)
+        except UserError as error:
+            raise UserError(f"--init-from: {error}") from None
+        same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
+        if holdout and same_data and saved.train_digest != data.train.digest:
+            reason = f"may have been trained on images of --holdout {holdout}"
+            raise UserError(f"--init-from {path}: {reason}; start from one trained with it")
+        known = {name: row for row, name in enumerate(saved.class_names)}
+        rows = {row: known[name] for row, name in enumerate(data.class_names) if name in known}
+        try:
+            model.adopt(saved.model, rows)
+        except RuntimeError:
+            width = saved.settings["width"]
+            raise UserError(f"--init-from {path}: add --width {width}, which it has") from None
 
-def adopt_weights(model: CifarNet, config: Config, data: ImageData) -> None:
-    """Starts `model` from --init-from; UserError if that model may have seen held-out images."""
-    path, holdout = Path(str(config.train.init_from)), config.data.holdout
-    try:
-        saved = load_model(path)
-    except UserError as error:
-        raise UserError(f"--init-from: {error}") from None
-    same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
-    if holdout and same_data and saved.train_digest != data.train.digest:
-        reason = f"may have been trained on images of --holdout {holdout}"
-        raise UserError(f"--init-from {path}: {reason}; start from one trained with it")
-    known = {name: row for row, name in enumerate(saved.class_names)}
-    rows = {row: known[name] for row, name in enumerate(data.class_names) if name in known}
-    try:
-        model.adopt(saved.model, rows)
-    except RuntimeError:
-        width = saved.settings["width"]
-        raise UserError(f"--init-from {path}: add --width {width}, which it has") from None
+    def evaluate(self) -> Evaluation:
+        """Where training stands; with test-time augmentation after the last epoch only."""
+        state, data, config = self.state, self.data, self.config
+        tta = config.prediction.tta and state.epoch == config.train.epochs
+        usual, fit = TEMPERATURE.get(data.name, 1.0), config.data.holdout > 0
+        classes, flip = len(data.class_names), bool(self.recipe.flip)
+        return evaluate(state.model, data.evaluation, classes, state.runtime, tta, flip, usual, fit)
 
+    def run_epoch(self) -> tuple[Record, Evaluation | None]:
+        """Train one epoch and, if one is due, evaluate."""
+        state, train, name = self.state, self.config.train, self.data.evaluation_name
+        self.sampler.epoch, count = state.epoch, len(self.sampler)
+        bar = progress(self.loader, f"epoch {state.epoch + 1}/{train.epochs}")
+        numbers = train_epoch(state, bar, count, self.steps, self.recipe, train.seed)
+        state.runtime.average_buffers(state.model)
+        state.epoch += 1
+        record = {"epoch": state.epoch} | numbers
+        if state.epoch < train.epochs and (not train.eval_every or state.epoch % train.eval_every):
+            return record, None
+        evaluation = self.evaluate()
+        record |= {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}
+        return record, evaluation
 
-def build_training(config: Config, data: ImageData, runtime: Runtime) -> Training:
-    """Network, optimizer and loader of one seed, nothing trained yet."""
-    train, count = config.train, len(data.train)
-    recipe = config.recipe.resolve(train.init_from, data.flip)
-    torch.manual_seed(train.seed)
-    model = CifarNet(recipe.width, len(data.class_names), pixel_statistics(data.train.images))
-    if train.init_from:
-        adopt_weights(model, config, data)
-    sampler = BatchSampler(count, train.batch_size, runtime, shuffle=True, seed=train.seed)
-    if not len(sampler):
-        raise UserError(f"{count} training images are too few for {runtime.world_size} processes")
-    options = loader_options(config.data.num_workers, runtime)
-    loader = build_loader(data.train, sampler, options)
-    example = shrink(data.train.images[: min(sampler.share, train.batch_size)], recipe.start_size)
-    wanted = pick_compile(config.run.compile, runtime.device, one_off=False)
-    net, report = accelerate(model.train(), runtime, wanted, example)
-    # An update cannot see more than an epoch has.
-    steps = min(train.accumulate_grad_steps, len(sampler))
-    batch = min(train.batch_size * steps, sampler.share) * runtime.world_size
-    optimizer = build_optimizer(model, recipe, batch)
-    total = train.epochs * math.ceil(len(sampler) / steps)
-    state = TrainState(model, distribute(net, runtime), optimizer, total, runtime)
-    resolved = resolved_settings(runtime, options, report, data)
-    peak_lr = optimizer.param_groups[0]["peak_lr"]
-    resolved |= {"run_effective_batch": batch, "run_peak_lr": peak_lr, "run_flip": recipe.flip}
-    return Training(state, sampler, loader, recipe, steps, resolved, report.seconds)
-
-
-def evaluate_training(training: Training, config: Config, data: ImageData) -> Evaluation:
-    """Where training stands; with test-time augmentation after the last epoch only."""
-    state, flip = training.state, bool(training.recipe.flip)
-    tta = config.prediction.tta and state.epoch == config.train.epochs
-    usual, fit = TEMPERATURE.get(data.name, 1.0), config.data.holdout > 0
-    classes = len(data.class_names)
-    return evaluate(state.model, data.evaluation, classes, state.runtime, tta, flip, usual, fit)
-
-
-def run_epoch(
-    training: Training, config: Config, data: ImageData
-) -> tuple[Record, Evaluation | None]:
-    """Train one epoch and, if one is due, evaluate."""
-    state, epochs, every = training.state, config.train.epochs, config.train.eval_every
-    training.sampler.epoch, count = state.epoch, len(training.sampler)
-    bar = progress(training.loader, f"epoch {state.epoch + 1}/{epochs}")
-    numbers = train_epoch(state, bar, count, training.steps, training.recipe, config.train.seed)
-    share_buffers(state.model, state.runtime)
-    state.epoch += 1
-    record = {"epoch": state.epoch} | numbers
-    if state.epoch < epochs and (not every or state.epoch % every):
-        return record, None
-    evaluation, name = evaluate_training(training, config, data), data.evaluation_name
-    record |= {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}
-    return record, evaluation
-
-
-def save_result(
-    model: nn.Module, data: ImageData, config: Config, temperature: float, result: Record
-) -> Path:
-    """Saves the model, in a temporary folder if its own path became unwritable; returns where."""
-    content = data, config, temperature, result
-    try:
-        save_model(config.model_path, model, *content)
-        return config.model_path
-    except UserError as error:
-        elsewhere = Path(tempfile.mkdtemp(prefix="classifier-"), config.model_path.name)
-        save_model(elsewhere, model, *content)
-        log(f"{error}: the model is in {elsewhere}")
-        return elsewhere
+    def save(self, temperature: float, result: Record) -> Path:
+        """The model's file, in a temporary folder if its own path became unwritable."""
+        config, path = replace(self.config, recipe=self.recipe), self.config.model_path
+        content = self.state.model, self.data, config, temperature, result
+        try:
+            save_model(path, *content)
+        except UserError as error:
+            path = Path(tempfile.mkdtemp(prefix="classifier-"), path.name)
+            save_model(path, *content)
+            log(f"{error}: the model is in {path}")
+        return path
 
 
 def train_seed(
@@ -2920,12 +2754,12 @@ def train_seed(
 ) -> Record:
     """Train with one seed, report every epoch, save the model (with `keep`); its result."""
     began, epochs, name = time.perf_counter(), config.train.epochs, data.evaluation_name
-    keep = keep and runtime.is_main
-    training, resume = build_training(config, data, runtime), ResumeFile(config, data, runtime)
+    keep = keep and runtime.rank == 0
+    training, resume = Training(config, data, runtime), ResumeFile(config, data, runtime)
     state, saved, evaluation = training.state, None, None
     history: list[Record] = []
     if config.train.resume:
-        saved = runtime.from_main(resume.load() if runtime.is_main else None)
+        saved = runtime.from_main(resume.load() if runtime.rank == 0 else None)
     elif keep:
         resume.move_away()
     if saved:
@@ -2944,23 +2778,23 @@ def train_seed(
         for step, record in enumerate(history, 1):  # what a kill kept from the tracker
             tracker.log_metrics(record, step)
         save_progress()
-        emit({}, epoch_row({}, name, "time left"), config, runtime)
+        emit({}, EPOCH_HEADING.format(name), config, runtime)
         while state.epoch < epochs:
-            record, evaluation = run_epoch(training, config, data)
+            record, evaluation = training.run_epoch()
             history.append(record)
             mean = statistics.mean(each["seconds"] for each in history)
-            row = epoch_row(record, name, duration((epochs - state.epoch) * mean))
+            row = epoch_row(record, name, (epochs - state.epoch) * mean)
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"peak_memory_so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)
             save_progress()
-        evaluation = evaluation or evaluate_training(training, config, data)  # stopped just before
+        evaluation = evaluation or training.evaluate()  # stopped just before
         took = duration(sum(each["seconds"] for each in history))
         result = evaluation.record(name) | {
             "train_seconds": sum(each["seconds"] for each in history),
             "evaluation_seconds": evaluation.seconds,
             "total_seconds": time.perf_counter() - began,
-            "compile_seconds": training.compile_seconds,
+            "compile_seconds": training.report.seconds,
             "train_images_per_second": statistics.median(e["images_per_second"] for e in history),
             "data_wait": sum(each["data_wait_seconds"] for each in history),
             "skipped_updates": state.skipped,
@@ -2968,10 +2802,9 @@ def train_seed(
         }
         text, path = f"{evaluation.headline(name)} after {epochs} epochs in {took}", None
         if keep:
-            as_run = replace(config, recipe=training.recipe)
-            path = save_result(state.model, data, as_run, evaluation.temperature, result)
+            path = training.save(evaluation.temperature, result)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
-        tracker.log_outcome(f"**{text}**", evaluation_files(evaluation, data.class_names), path)
+        tracker.log_outcome(f"**{text}**", evaluation.files(data.class_names), path)
         result |= {"seed": config.train.seed, "run_id": tracker.run_id}
         result["model_path"] = path and str(path)
         emit({"event": "result"} | result, f"{text}; model: {path}", config, runtime)
@@ -3006,7 +2839,7 @@ def run_train(config: Config, runtime: Runtime) -> int:
     """Train one seed or several; 1 if the model could not be saved where it should be."""
     log(command_line(config))
     path = config.model_path
-    with reserve_model_path(path) if runtime.is_main else contextlib.nullcontext():
+    with reserve_model_path(path) if runtime.rank == 0 else contextlib.nullcontext():
         data = load_everywhere(config.data, runtime)
         if config.train.repeats == 1:
             results = [train_seed(config, data, runtime, keep=True)]
@@ -3058,7 +2891,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
         found = evaluate(net, data.evaluation, classes, runtime, tta, saved.flip, temperature)
         result, text = found.record(name), found.headline(name)
         tracker.log_metrics(result | {"evaluation_seconds": found.seconds})
-        tracker.log_outcome(f"**{text}**", evaluation_files(found, data.class_names))
+        tracker.log_outcome(f"**{text}**", found.files(data.class_names))
     lines = [
         f"{text}, loss {found.loss:.4f}, calibration error {percent(found.ece)}, {len(images)} "
         f"images in {found.seconds:.1f} s"
@@ -3089,16 +2922,6 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
             yield from found or [pattern]
 
 
-def prediction_row(answer: Prediction) -> str:
-    """The answer as a line: label, confidence, a bar, the next classes."""
-    full, empty = "█░" if "utf" in (sys.stdout.encoding or "").lower() else "#."
-    tenths = round(10 * cast(float, answer.confidence))
-    bar = full * tenths + empty * (10 - tenths)
-    others = [f"{name} {percent(value)}" for name, value in answer.top if name != answer.label]
-    rest = f"  ({', '.join(others)})" if others else ""
-    return f"{answer.image}: {answer.label}  {percent(answer.confidence)}  {bar}{rest}"
-
-
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
     settings, count, failures, total, folder = config.prediction, 0, 0, None, None
@@ -3115,7 +2938,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         images = list(images)
         total = len(images)
     started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
-    answers: Any = predict_each(predictor, images, *asked, keep_views=folder is not None)
+    answers: Any = predictor.predict(images, *asked, keep_views=folder is not None)
     if not sys.stdout.isatty():  # on a terminal the answers show how far it is
         answers = progress(answers, "pictures", total)
     for count, answer in enumerate(answers, 1):
@@ -3128,7 +2951,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
             log(f"{answer.image}: animated; the answer is for its first frame")
         keys = ("image", "label", "confidence", "top", "milliseconds")
         record = {key: getattr(answer, key) for key in keys}
-        emit(record, prediction_row(answer), config, runtime)
+        emit(record, answer.line(), config, runtime)
         for view, name in zip(answer.views, ("letterbox", "square", "centre"), strict=False):
             stem = Path(answer.image).stem[:50]  # file names end at 255 bytes, a letter has up to 4
             picture = Image.fromarray(view.permute(1, 2, 0).numpy())
@@ -3174,21 +2997,6 @@ class UsualImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index], int(index)
 
 
-def benchmark_cases(run: RunSettings, runtime: Runtime) -> dict[str, tuple[str, ...]]:
-    """The optimizations of each configuration: none, each alone, all that `auto` turns on, all.
-
-    The baseline comes again at the end: the difference shows how steady the machine was. Left out
-    are mixed precision if it would be emulated or with --no-amp, compiling with --no-compile.
-    """
-    left_out = {"mixed_precision": runtime.amp_dtype is None, "compile": run.compile is False}
-    possible = tuple(name for name in OPTIMIZATIONS if not left_out.get(name))
-    compiles, _ = pick_compile(None, runtime.device, one_off=False)
-    auto = tuple(name for name in possible if name != "compile" or compiles)
-    cases: dict[str, tuple[str, ...]] = {"baseline": ()} | {name: (name,) for name in possible}
-    cases |= {"combined": auto} | ({"everything": possible} if possible != auto else {})
-    return cases | {"baseline_again": ()}
-
-
 def save_photo(path: Path, width: int, height: int) -> None:
     """A JPEG with as much detail at each scale as photos have: ever fainter octaves of noise."""
     generator, picture = epoch_generator(0, 0), torch.zeros(1, 3, height, width)
@@ -3226,7 +3034,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         data, device = load_data(config.data), runtime.device
         count = (100 if device.type == "cuda" else 12) * config.train.batch_size
         some = data.train.take(torch.arange(count) % len(data.train))
-        training = build_training(config, replace(data, train=some), runtime)
+        training = Training(config, replace(data, train=some), runtime)
         model, loader, sampler = training.state.model, training.loader, training.sampler
         model.to(memory_format=layout)  # type: ignore[call-overload]
         recipe, generator = training.recipe, epoch_generator(0, 0, device=device)
@@ -3250,7 +3058,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         def uncached() -> None:
             load_predictor.cache_clear()
             fresh = cached_model(file, str(device), amp, compile=False)
-            list(predict_each(fresh, [photo], tta=False))
+            list(fresh.predict([photo], tta=False))
 
         works: dict[str, Callable[[], Any]] = {"training": train, "loading": load}
         seconds = {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
@@ -3261,10 +3069,10 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         net, _ = accelerate(saved.model, runtime, (bool(run.compile), ""), images[:1], layout)
         predictor = Predictor(net, saved, runtime)
         works = {
-            "photo": lambda: list(predict_each(predictor, [photo], tta=False)),
-            "photo_tta": lambda: list(predict_each(predictor, [photo])),
+            "photo": lambda: list(predictor.predict([photo], tta=False)),
+            "photo_tta": lambda: list(predictor.predict([photo])),
             "uncached": uncached,
-            "batch_64": lambda: predictor.probabilities(images, tta=False),
+            "batch_64": lambda: predictor.probabilities([images], tta=False),
         }
         seconds |= {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
         resolved = training.resolved | {"run_data_loading": "images" if usual else "batches"}
@@ -3272,187 +3080,199 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         sender.send((seconds, count, memory, resolved))
 
 
-def run_case(config: Config, name: str, chosen: tuple[str, ...]) -> Any:
-    """What `measure_case` finds in a new process; None if that fails or dies."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=measure_case, args=(config, chosen, sender))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process
-    try:
-        child.start()
-        signal.signal(signal.SIGINT, before)
-        sender.close()
-        return receiver.recv()
-    except EOFError:
-        log(f"{name} was not measured: its process died")
-        return None
-    finally:
-        child.kill()
-        child.join()
+class Benchmark:
+    """The configurations, what was measured of each, and whether they leave the results alone."""
 
+    def __init__(self, config: Config, runtime: Runtime, data: ImageData) -> None:
+        self.config, self.runtime, self.data = config, runtime, data
+        self.rows: list[Record] = []
+        self.checks: list[Record] = []
+        self.baseline: dict[str, list[float]] = {}
 
-def benchmark_rows(name: str, found: Any, baseline: dict[str, list[float]]) -> list[Record]:
-    """Images a second (milliseconds for one image), and the speed over the baseline's."""
-    seconds, count, memory, _ = found
-    rows = []
-    for measure, times in seconds.items():
-        images = MEASURES[measure][2] or count
-        figures = [1000 * each if images == 1 else images / each for each in times[1:]]
-        p10, value, p90 = np.percentile(figures, (10, 50, 90)).tolist()
-        ratio = statistics.median(baseline[measure][1:]) / statistics.median(times[1:])
-        area = measure if measure in ("training", "loading") else "inference"
-        row = {"event": "benchmark", "area": area, "measure": measure, "name": name, "value": value}
-        row |= {"unit": "ms" if images == 1 else "images/s", "p10": p10, "p90": p90, "ratio": ratio}
-        rows.append(row | {"peak_memory_mb": memory if measure == "training" else None})
-    return rows
+    def cases(self) -> dict[str, tuple[str, ...]]:
+        """The optimizations of each configuration: none, each alone, all that `auto` turns on, all.
 
+        The baseline comes again at the end: the difference shows how steady the machine was. Mixed
+        precision is left out where it would be emulated.
+        """
+        off = {"mixed_precision": self.runtime.amp_dtype is None}
+        off["compile"] = self.config.run.compile is False
+        possible = tuple(name for name in OPTIMIZATIONS if not off.get(name))
+        compiles, _ = pick_compile(None, self.runtime.device, one_off=False)
+        auto = tuple(name for name in possible if name != "compile" or compiles)
+        cases: dict[str, tuple[str, ...]] = {"baseline": ()} | {name: (name,) for name in possible}
+        cases |= {"combined": auto} | ({"everything": possible} if possible != auto else {})
+        return cases | {"baseline_again": ()}
 
-def self_checks(config: Config, data: ImageData, runtime: Runtime) -> list[Record]:
-    """Whether the optimizations leave the results alone: the largest difference to the plain."""
-    sample = data.train.take(torch.arange(64) % len(data.train))
-    images, labels = runtime.move(sample.images, sample.labels)
-    plain = replace(runtime, amp_dtype=None)
-    torch.manual_seed(config.train.seed)
-    classes, found_statistics = len(data.class_names), pixel_statistics(data.train.images)
-    model = CifarNet(config.recipe.width, classes, found_statistics).to(runtime.device)
-    with torch.no_grad():
-        for _ in range(10):  # BatchNorm's own statistics first: else each block doubles its input
-            model.train()(images)
-    net, _ = accelerate(model.eval(), plain, (False, ""), images)
+    def measure(self, name: str, chosen: tuple[str, ...]) -> Any:
+        """What `measure_case` finds in a new process; None if that fails or dies."""
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=measure_case, args=(self.config, chosen, sender))
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: it is for this process
+        try:
+            child.start()
+            signal.signal(signal.SIGINT, before)
+            sender.close()
+            return receiver.recv()
+        except EOFError:
+            log(f"{name} was not measured: its process died")
+            return None
+        finally:
+            child.kill()
+            child.join()
 
-    def gradient(micro_batch: int) -> Tensor:
-        count = 64 // micro_batch
-        batches = zip(images.split(micro_batch), labels.split(micro_batch), strict=True)
-        model.zero_grad()
-        for (inputs, truth), weight, _ in accumulation_windows(batches, count, count):
-            (F.cross_entropy(net(inputs), truth) * weight).backward()
-        gradients = [each.grad for each in model.parameters() if each.grad is not None]
-        return torch.cat([each.flatten() for each in gradients])
+    def add(self, name: str, found: Any) -> list[Record]:
+        """Images a second (milliseconds for one image), and the speed over the baseline's."""
+        seconds, count, memory, _ = found
+        self.baseline, rows = self.baseline or seconds, []
+        for measure, times in seconds.items():
+            images = MEASURES[measure][2] or count
+            figures = [1000 * each if images == 1 else images / each for each in times[1:]]
+            p10, value, p90 = np.percentile(figures, (10, 50, 90)).tolist()
+            ratio = statistics.median(self.baseline[measure][1:]) / statistics.median(times[1:])
+            area = measure if measure in ("training", "loading") else "inference"
+            row = {"event": "benchmark", "area": area, "measure": measure, "name": name}
+            row |= {"value": value, "unit": "ms" if images == 1 else "images/s"}
+            row |= {"p10": p10, "p90": p90, "ratio": ratio}
+            rows.append(row | {"peak_memory_mb": memory if area == "training" else None})
+            text = f"{measure:<10} {name:<16} {value:>9.1f} {row['unit']:<9}"
+            text += f"x{ratio:<5.2f} (p10 {p10:.1f}, p90 {p90:.1f})"
+            emit(rows[-1], text, self.config, self.runtime)
+        self.rows += rows
+        return rows
 
-    whole, parts = gradient(64), gradient(16)
-    found = {"accumulation": ((whole - parts).abs().max() / whole.abs().max(), 1e-4)}
-    with torch.inference_mode(), io.BytesIO() as file:
-        logits = net(images)
-        expected = logits.softmax(1)
-        with replace(plain, amp_dtype=pick_amp_dtype(runtime.device, True)[0]).autocast():
-            mixed = net(images).float().softmax(1)
-        found["mixed_precision"] = (mixed - expected).abs().max(), 2e-2
-        Image.fromarray(sample.images[0].permute(1, 2, 0).numpy()).save(file, "PNG")
-        saved = SavedModel(model, data.class_names, data.name, data.flip, 1.0, {}, "")
-        (answer,) = predict_each(Predictor(net, saved, plain), [file.getvalue()], tta=False)
-        found["predict"] = (expected[0].max() - cast(float, answer.confidence)).abs(), 1e-4
-        compiled, report = accelerate(copy.deepcopy(model), plain, (True, "check"), images)
-        if report.active:
-            found["compiled"] = (compiled(images) - logits).abs().max() / logits.abs().max(), 1e-4
-    rows = []
-    for name, (difference, most) in found.items():
+    def check(self, name: str, difference: Tensor, most: float) -> None:
+        """A self-check: the largest difference to the plain way, and the largest allowed."""
         row = {"event": "check", "name": name, "passed": bool(difference <= most)}
-        rows.append(row | {"difference": float(difference)})
-    return rows
+        self.checks.append(row | {"difference": float(difference)})
+        text = f"{name:<16} {'pass' if row['passed'] else 'FAIL'} (difference {difference:.2g})"
+        emit(self.checks[-1], f"check      {text}", self.config, self.runtime)
 
+    def check_all(self) -> None:
+        """Accumulated gradients, mixed precision, prediction, compiling against the plain way."""
+        config, runtime, data = self.config, replace(self.runtime, amp_dtype=None), self.data
+        sample = data.train.take(torch.arange(64) % len(data.train))
+        images, labels = runtime.move(sample.images, sample.labels)
+        torch.manual_seed(config.train.seed)
+        statistics_found, classes = pixel_statistics(data.train.images), len(data.class_names)
+        model = CifarNet(config.recipe.width, classes, statistics_found).to(runtime.device)
+        with torch.no_grad():
+            for _ in range(10):  # BatchNorm's own statistics: without, each block doubles its input
+                model.train()(images)
+        net, _ = accelerate(model.eval(), runtime, (False, ""), images)
 
-def benchmark_text(row: Record) -> str:
-    """A row for people, as it comes."""
-    if row["event"] == "check":
-        verdict = "pass" if row["passed"] else "FAIL"
-        return f"check      {row['name']:<16} {verdict} (difference {row['difference']:.2g})"
-    return (
-        f"{row['measure']:<10} {row['name']:<16} {row['value']:>9.1f} {row['unit']:<9}"
-        f"x{row['ratio']:<5.2f} (p10 {row['p10']:.1f}, p90 {row['p90']:.1f})"
-    )
+        def gradient(micro_batch: int) -> Tensor:
+            count = 64 // micro_batch
+            batches = zip(images.split(micro_batch), labels.split(micro_batch), strict=True)
+            model.zero_grad()
+            for (inputs, truth), weight, _ in accumulation_windows(batches, count, count):
+                (F.cross_entropy(net(inputs), truth) * weight).backward()
+            gradients = [each.grad for each in model.parameters() if each.grad is not None]
+            return torch.cat([each.flatten() for each in gradients])
 
+        whole, parts = gradient(64), gradient(16)
+        self.check("accumulation", (whole - parts).abs().max() / whole.abs().max(), 1e-4)
+        with torch.inference_mode():
+            logits = net(images)
+            expected = logits.softmax(1)
+            dtype, _ = pick_amp_dtype(runtime.device, True)
+            with replace(runtime, amp_dtype=dtype).autocast():
+                mixed = net(images).float().softmax(1)
+            self.check("mixed_precision", (mixed - expected).abs().max(), 2e-2)
+            picture = Image.fromarray(sample.images[0].permute(1, 2, 0).numpy())
+            saved = SavedModel(model, data.class_names, data.name, data.flip, 1.0, {}, "")
+            (answer,) = Predictor(net, saved, runtime).predict([picture], tta=False)
+            self.check("predict", (expected[0].max() - cast(float, answer.confidence)).abs(), 1e-4)
+            if config.run.compile is False:
+                return
+            compiled, report = accelerate(copy.deepcopy(model), runtime, (True, "check"), images)
+            if report.active:
+                difference = (compiled(images) - logits).abs().max() / logits.abs().max()
+                self.check("compiled", difference, 1e-4)
 
-def benchmark_table(
-    rows: list[Record], checks: list[Record], config: Config, device: torch.device
-) -> str:
-    """Markdown, ready to paste: a line per configuration, a column per measure, then how."""
-    found = {(row["measure"], row["name"]): row for row in rows}
-    base = found["training", "baseline"]["peak_memory_mb"]
-    titles = [title for title, *_ in MEASURES.values()]
-    lines = [["Configuration", *titles, "Peak memory"], ["---"] * (len(titles) + 2)]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        cells = [name.replace("_", " ")]
-        for measure in MEASURES:
-            row = found[measure, name]
-            figure = f"{row['value']:.1f} ms" if row["unit"] == "ms" else f"{row['value']:,.0f}/s"
-            cells.append(f"{row['ratio']:.2f}x ({figure})")
-        memory = found["training", name]["peak_memory_mb"]
-        peak = f"{memory / base:.2f}x ({memory:,.0f} MB)" if memory and base else ""
-        lines.append([*cells, peak])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    drift = max(abs(row["ratio"] - 1) for row in rows if row["name"].startswith("baseline"))
-    failed = ", ".join(check["name"] for check in checks if not check["passed"])
-    verdict = f"FAILED: {failed}" if failed else "all passed"
-    return (
-        f"{table}\n\n{datetime.date.today()}, `{command_line(config)}`: {device_name(device)}, "
-        f"{torch.get_num_threads()} threads, {platform.system()}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}. Speeds are medians; ratios are "
-        f"to the baseline, higher is faster. The baseline at the end differs from the first "
-        f"by up to {percent(drift)}. Self-checks: {verdict}."
-    )
+    def table(self) -> str:
+        """Markdown, ready to paste: a line per configuration, a column per measure, then how."""
+        found = {(row["measure"], row["name"]): row for row in self.rows}
+        base = found["training", "baseline"]["peak_memory_mb"]
+        titles = [title for title, *_ in MEASURES.values()]
+        lines = [["Configuration", *titles, "Peak memory"], ["---"] * (len(titles) + 2)]
+        for name in dict.fromkeys(row["name"] for row in self.rows):
+            cells = [name.replace("_", " ")]
+            for measure in MEASURES:
+                row = found[measure, name]
+                milliseconds, value = row["unit"] == "ms", row["value"]
+                figure = f"{value:.1f} ms" if milliseconds else f"{value:,.0f}/s"
+                cells.append(f"{row['ratio']:.2f}x ({figure})")
+            memory = found["training", name]["peak_memory_mb"]
+            peak = f"{memory / base:.2f}x ({memory:,.0f} MB)" if memory and base else ""
+            lines.append([*cells, peak])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        again = [row["ratio"] for row in self.rows if row["name"] == "baseline_again"]
+        drift = max((abs(ratio - 1) for ratio in again), default=0.0)
+        failed = ", ".join(check["name"] for check in self.checks if not check["passed"])
+        return (
+            f"{table}\n\n{datetime.date.today()}, `{command_line(self.config)}`: "
+            f"{device_name(self.runtime.device)}, {torch.get_num_threads()} threads, "
+            f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. "
+            f"Speeds are medians; ratios are to the baseline, higher is faster. The baseline at "
+            f"the end differs from the first by up to {percent(drift)}. Self-checks: "
+            f"{f'FAILED: {failed}' if failed else 'all passed'}."
+        )
 
+    def figure(self) -> Any:
+        """A matplotlib figure: bars of the speed over the baseline, a panel per measure."""
+        from matplotlib.figure import Figure
 
-def benchmark_figure(rows: list[Record]) -> Any:
-    """A matplotlib figure: bars of the speed over the baseline, a panel per measure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    figure.suptitle("Speed over the baseline, which is 1")
-    panels = figure.subplots(2, 3).flat
-    for axes, (measure, (title, *_)) in zip(panels, MEASURES.items(), strict=True):
-        ratios = {row["name"]: row["ratio"] for row in rows if row["measure"] == measure}
-        bars = axes.barh([name.replace("_", " ") for name in ratios], list(ratios.values()))
-        axes.bar_label(bars, fmt="%.2fx", padding=3)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(title=title, xlim=(0, 1.2 * max(ratios.values())))
-        axes.invert_yaxis()
-    return figure
+        figure = Figure(figsize=(14, 7), layout="constrained")
+        figure.suptitle("Speed over the baseline, which is 1")
+        panels = figure.subplots(2, 3).flat
+        for axes, (measure, (title, *_)) in zip(panels, MEASURES.items(), strict=True):
+            ratios = {row["name"]: row["ratio"] for row in self.rows if row["measure"] == measure}
+            bars = axes.barh([name.replace("_", " ") for name in ratios], list(ratios.values()))
+            axes.bar_label(bars, fmt="%.2fx", padding=3)
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set(title=title, xlim=(0, 1.2 * max(ratios.values())))
+            axes.invert_yaxis()
+        return figure
 
 
 def run_benchmark(config: Config, runtime: Runtime) -> int:
     """What each optimization gains on this machine, and whether it leaves the results alone."""
     log(command_line(config))
-    data, rows = load_data(config.data), []
-    baseline: dict[str, list[float]] = {}
+    data = load_data(config.data)
+    benchmark = Benchmark(config, runtime, data)
     if runtime.amp_dtype is None:
         log(f"mixed precision is left out: {runtime.amp_reason}")
     with open_tracker(config, runtime) as parent:
         parent.log_settings({}, data)
-        checks = self_checks(config, data, runtime)
-        for row in checks:
-            emit(row, benchmark_text(row), config, runtime)
-        for name, chosen in benchmark_cases(config.run, runtime).items():
+        benchmark.check_all()
+        for name, chosen in benchmark.cases().items():
             log(f"measuring {name.replace('_', ' ')}")
-            found = run_case(config, name, chosen)
+            found = benchmark.measure(name, chosen)
             if not found and name == "baseline":
                 raise UserError("the baseline could not be measured: see above")
             if not found or ("compile" in chosen and not found[-1]["run_compile"]):
                 continue  # what failed to compile would be measured without
-            baseline = baseline or found[0]
-            case = benchmark_rows(name, found, baseline)
-            for row in case:
-                emit(row, benchmark_text(row), config, runtime)
+            metrics = {"peak_memory_mb": found[2]}
+            for row in benchmark.add(name, found):
+                metrics[MEASURES[row["measure"]][1]] = row["value"]
+                metrics[f"ratio/{row['measure']}"] = row["ratio"]
             tracking = replace(config.tracking, run_name=name.replace("_", " "))
             child = replace(config, tracking=tracking)
             with open_tracker(child, runtime, parent=parent) as tracker:
                 tracker.log_settings(found[-1], data)
-                metrics = {"peak_memory_mb": found[2]}
-                for row in case:
-                    metrics[MEASURES[row["measure"]][1]] = row["value"]
-                    metrics[f"ratio/{row['measure']}"] = row["ratio"]
                 tracker.log_metrics(metrics)
-            rows += case
-        table = benchmark_table(rows, checks, config, runtime.device)
-        chart = f"{config.data.name}_benchmark.png"
+        table, chart = benchmark.table(), f"{config.data.name}_benchmark.png"
         emit({}, f"\n{table}", config, runtime)
         try:
-            benchmark_figure(rows).savefig(chart)
+            benchmark.figure().savefig(chart)
             log(f"bar chart: {chart}")
         except (ImportError, OSError) as error:
             log(f"no bar chart: {first_line(error)}")
-        figures = {"benchmark.md": lambda: table, "benchmark.png": lambda: benchmark_figure(rows)}
-        parent.log_outcome(table, figures)
-    return 0 if all(check["passed"] for check in checks) else 1
+        files = {"benchmark.md": lambda: table, "benchmark.png": benchmark.figure}
+        parent.log_outcome(table, files)
+    return 0 if all(check["passed"] for check in benchmark.checks) else 1
 
 
 # --------------------------------------------------------------------------------------------------

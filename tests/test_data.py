@@ -201,7 +201,7 @@ def test_evaluation_needs_no_training_images(tiny_cifar):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
-def test_damaged_file_is_named_and_nothing_is_lost(tiny_cifar, damage, capsys):
+def test_a_damaged_file_is_told_and_nothing_is_lost(tiny_cifar, damage, capsys):
     file = tiny_cifar / "cifar-10-batches-py" / "data_batch_3"
     content = file.read_bytes()
     if damage == "remove":
@@ -210,8 +210,7 @@ def test_damaged_file_is_named_and_nothing_is_lost(tiny_cifar, damage, capsys):
         file.write_bytes(content[:-5] if damage == "truncate" else content[:-5] + b"12345")
     with pytest.raises(UserError):
         load_data(cifar(tiny_cifar))
-    told = capsys.readouterr().err
-    assert "data_batch_3" in told and "data_batch_1" not in told
+    assert "cifar-10-batches-py: files are missing or damaged" in capsys.readouterr().err
     assert len(list((tiny_cifar / "cifar-10-batches-py").iterdir())) == 7 - (damage == "remove")
 
 

@@ -17,6 +17,7 @@ from conftest import TINY, interrupted, noise, rows, run, runs_of, same, weights
 from PIL import Image
 
 import classifier
+from classifier import Benchmark
 
 EVALUATE = ["--mode", "evaluate", "--no-mlflow", "--device", "cpu", "--model-path"]
 LITTLE = [*TINY, "--limit-images", "128"]
@@ -382,9 +383,15 @@ def measured(scale=1.0):
     return seconds, 100, 200.0 * scale, {"run_compile": False}
 
 
-def test_benchmark_rows():
+def a_benchmark(runtime, *words):
+    return Benchmark(classifier.parse_config(["--mode", "benchmark", *words]), runtime, None)
+
+
+def test_benchmark_rows(cpu):
     """Medians and percentiles of the rounds after the first, per image or image by image."""
-    found = classifier.benchmark_rows("faster", measured(0.5), measured()[0])
+    benchmark = a_benchmark(cpu)
+    benchmark.add("baseline", measured())
+    found = benchmark.add("faster", measured(0.5))
     by_measure = {row["measure"]: row for row in found}
     assert list(by_measure) == list(classifier.MEASURES)
     training, photo, batch = (by_measure[name] for name in ("training", "photo", "batch_64"))
@@ -400,36 +407,34 @@ def test_benchmark_rows():
 
 
 def test_benchmark_leaves_out_what_does_not_work_here(cpu):
-    bf16, asked = replace(cpu, amp_dtype=torch.bfloat16), classifier.RunSettings()
-    cases = classifier.benchmark_cases(asked, bf16)
+    bf16 = replace(cpu, amp_dtype=torch.bfloat16)
+    cases = a_benchmark(bf16).cases()
     single = ["data_loading", "channels_last", "mixed_precision", "compile"]
     assert [*cases] == ["baseline", *single, "combined", "everything", "baseline_again"]
     assert all(cases[name] == (name,) for name in single)
     assert cases["baseline"] == cases["baseline_again"] == ()
     assert set(cases["combined"]) == set(single) - {"compile"}  # a CPU's auto
     assert set(cases["everything"]) == set(classifier.OPTIMIZATIONS)
-    assert "mixed_precision" not in str(classifier.benchmark_cases(asked, cpu))
-    cases = classifier.benchmark_cases(replace(asked, compile=False), bf16)
+    assert "mixed_precision" not in str(a_benchmark(cpu).cases())
+    cases = a_benchmark(bf16, "--no-compile").cases()
     assert "compile" not in str(cases) and "everything" not in cases  # combined is the same
-    on_cuda = classifier.benchmark_cases(asked, replace(bf16, device=torch.device("cuda")))
+    on_cuda = a_benchmark(replace(bf16, device=torch.device("cuda"))).cases()
     assert "compile" in on_cuda["combined"] and "everything" not in on_cuda
 
 
-def all_rows():
-    """The rows of three configurations; the baseline is a tenth slower at the end."""
-    base = measured()[0]
-    scales = {"baseline": 1.0, "combined": 0.5, "baseline_again": 1 / 0.9}
-    return [
-        row
-        for name, scale in scales.items()
-        for row in classifier.benchmark_rows(name, measured(scale), base)
-    ]
+@pytest.fixture
+def measured_benchmark(cpu):
+    """Three configurations; the baseline is a tenth slower at the end. One check failed."""
+    benchmark = a_benchmark(cpu, "--width", "16")
+    for name, scale in {"baseline": 1.0, "combined": 0.5, "baseline_again": 1 / 0.9}.items():
+        benchmark.add(name, measured(scale))
+    benchmark.check("compiled", torch.tensor(0.0), 1e-4)
+    benchmark.check("predict", torch.tensor(0.1), 1e-4)
+    return benchmark
 
 
-def test_benchmark_table(cpu):
-    checks = [{"name": "predict", "passed": False}, {"name": "compiled", "passed": True}]
-    config = classifier.parse_config(["--mode", "benchmark", "--width", "16"])
-    table = classifier.benchmark_table(all_rows(), checks, config, cpu.device)
+def test_benchmark_table(measured_benchmark):
+    table = measured_benchmark.table()
     head, rule, *lines, blank, last = table.splitlines()
     assert {line.count("|") for line in (head, rule, *lines)} == {9} and not blank
     assert head.startswith("| Configuration | Training | Data loading | One 500x375 JPEG |")
@@ -444,12 +449,12 @@ def test_benchmark_table(cpu):
     )
     assert "differs from the first by up to 10.00 %" in last
     assert "FAILED: predict." in last and "--mode benchmark --width 16`" in last
-    passed = classifier.benchmark_table(all_rows(), checks[1:], config, cpu.device)
-    assert passed.endswith("Self-checks: all passed.")
+    measured_benchmark.checks.pop()
+    assert measured_benchmark.table().endswith("Self-checks: all passed.")
 
 
-def test_benchmark_figure():
-    panels = classifier.benchmark_figure(all_rows()).axes
+def test_benchmark_figure(measured_benchmark):
+    panels = measured_benchmark.figure().axes
     assert [axes.get_title() for axes in panels] == [
         title for title, *_ in classifier.MEASURES.values()
     ]
@@ -473,10 +478,10 @@ def test_the_measured_photo_is_one(tmp_path):
 
 @contextmanager
 def without_processes(found):
-    """`run_case` gives what `found` has for a configuration, in no time."""
+    """`measure` gives what `found` has for a configuration, in no time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "self_checks", lambda *_: [])
-        patch.setattr(classifier, "run_case", lambda config, name, chosen: found(name, chosen))
+        patch.setattr(Benchmark, "check_all", lambda _: None)
+        patch.setattr(Benchmark, "measure", lambda _, name, chosen: found(name, chosen))
         yield
 
 

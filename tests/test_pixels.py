@@ -183,7 +183,7 @@ def test_big_jpegs_are_decoded_at_a_fraction_and_look_the_same():
         (b"hello, I am a text", "not a picture"),
         (encoded(noise(64, 64))[:900], "truncated"),
         (encoded(noise(64, 64), "JPEG")[:700], "truncated"),
-        (bomb(), "pixels.*more than 25 million"),
+        (bomb(), "900000000 pixels. exceeds limit"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "HEIC"),
     ],
     ids=["empty", "text", "cut PNG", "cut JPEG", "bomb", "HEIC"],

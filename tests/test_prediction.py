@@ -23,7 +23,6 @@ from classifier import (
     load_data,
     photo_views,
     predict,
-    predict_each,
     to_pixels,
 )
 from conftest import bomb, encoded, noise, rows, run
@@ -146,14 +145,14 @@ def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved
     ]
     views = [softened(view) for view in views]
     views[1] = views[1].flip(2)
-    (answer,) = predict_each(predictor, [photo], top_k=10, keep_views=True)
+    (answer,) = predictor.predict([photo], top_k=10, keep_views=True)
     for found, view in zip(answer.views, views, strict=True):
         assert (found.int() - view.int()).abs().max() <= 1  # rounding of halves
-    each = torch.cat([predictor.probabilities(view[None], tta=False) for view in answer.views])
+    each = torch.cat([predictor.probabilities([view[None]], tta=False) for view in answer.views])
     assert not torch.allclose(each[0], each[1], atol=1e-3)
     mean = each.log().mean(0).softmax(0)  # that of logits, but for a constant
     for tta, expected in ((True, mean), (False, each[0])):
-        (answer,) = predict_each(predictor, [photo], top_k=10, tta=tta)
+        (answer,) = predictor.predict([photo], top_k=10, tta=tta)
         by_name = dict(answer.top)
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], expected, atol=1e-2)
 
@@ -161,10 +160,10 @@ def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved
 def test_pictures_with_and_without_squares_in_one_batch(saved):
     pictures = [noise(90, 70), noise(40, 35), b"no picture", noise(120, 60), noise(32, 32)]
     predictor = cached_model(saved(flip=True))
-    together = list(predict_each(predictor, pictures, top_k=10, keep_views=True))
+    together = list(predictor.predict(pictures, top_k=10, keep_views=True))
     assert [len(each.views) for each in together] == [3, 1, 0, 3, 1]
     for picture, answer in zip(pictures, together, strict=True):
-        (alone,) = predict_each(predictor, [picture], top_k=10)
+        (alone,) = predictor.predict([picture], top_k=10)
         assert dict(alone.top) == pytest.approx(dict(answer.top), abs=1e-2)
 
 
@@ -189,7 +188,7 @@ def test_a_picture_of_the_networks_size_reaches_it_bit_for_bit(trained, tmp_path
     picture = noise(32, 32)
     picture.save(tmp_path / "a.png")
     sources = [tmp_path / "a.png", encoded(picture), picture]
-    for answer in predict_each(cached_model(trained), sources, keep_views=True):
+    for answer in cached_model(trained).predict(sources, keep_views=True):
         (view,) = answer.views
         assert torch.equal(view, to_pixels(picture))
 
@@ -265,7 +264,7 @@ def test_many_cpus_start_few_decoders(trained, tmp_path, monkeypatch):
         monkeypatch.setattr(classifier, "usable_cpus", lambda cpus=cpus: cpus)
         predict([tmp_path / "a.png"], model_path=trained)
         black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-        assert not classifier.letterbox_all([str(tmp_path / "a.png")], [0], black)
+        assert not classifier.PictureFolder.letterbox_all([str(tmp_path / "a.png")], [0], black)
     assert asked == [classifier.DECODERS, classifier.DECODERS, 2, 2] and classifier.DECODERS <= 8
 
 
@@ -375,7 +374,7 @@ def test_what_the_network_saw_is_written(trained, album, tmp_path, capsys):
     # 30 pixels high: too few for squares
     assert code == 0 and names == {"00001-a-letterbox.png", "00002-ünï,code-letterbox.png"}
     found = to_pixels(Image.open(folder / "00001-a-letterbox.png"))
-    (answer,) = predict_each(cached_model(trained), pictures[:1], keep_views=True)
+    (answer,) = cached_model(trained).predict(pictures[:1], keep_views=True)
     assert torch.equal(found, answer.views[0])
     long = album / f"{60 * 'ü'}{100 * 'a'}.png"  # a stem of 220 bytes
     noise(60, 60).save(long)

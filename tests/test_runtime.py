@@ -4,8 +4,6 @@ import copy
 import errno
 import os
 import signal
-import threading
-import time
 from dataclasses import replace
 
 import filelock
@@ -26,7 +24,6 @@ from classifier import (
     pick_compile,
     pick_device,
     pixel_statistics,
-    signals_held_back,
     stop_signals,
 )
 
@@ -93,28 +90,22 @@ def test_compile_is_automatic_on_cuda_only():
 @pytest.mark.parametrize(
     "files,expected",
     [
-        ({"cpu.max": "200000 100000"}, 2.0),
-        ({"cpu.max": "150000 100000"}, 1.5),
-        ({"cpu.max": "max 100000"}, float("inf")),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
-        ({}, float("inf")),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "9900000 100000"}, 64),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({}, 64),
     ],
 )
-def test_container_quota(tmp_path, files, expected):
+def test_usable_cpus_takes_the_smallest_limit(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert classifier.cgroup_cpus(tmp_path) == expected
-
-
-def test_usable_cpus_takes_the_smallest_limit(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr(classifier, "cgroup_cpus", lambda: 1.5)
-    assert classifier.usable_cpus() == 2
-    monkeypatch.setattr(classifier, "cgroup_cpus", lambda: float("inf"))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert classifier.usable_cpus() == 1
+    assert classifier.usable_cpus(tmp_path) == expected
 
 
 # --- Signals --------------------------------------------------------------------------------------
@@ -128,52 +119,6 @@ def test_first_signal_raises_and_handlers_come_back(number):
         signal.pause()
     assert stopped.value.signum == number
     assert signal.getsignal(number) == before
-
-
-@pytest.fixture
-def another_thread():
-    """One that waits; a process that computes has several."""
-    over = threading.Event()
-    thread = threading.Thread(target=over.wait)
-    thread.start()
-    yield thread
-    over.set()
-    thread.join()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_until_the_block_is_over(another_thread, number):
-    """Also where the system hands it to another thread than the one that is in the block."""
-    done = []
-    with pytest.raises(Stopped) as stopped, stop_signals():
-        with signals_held_back():
-            os.kill(os.getpid(), number)
-            time.sleep(0.05)  # until it has arrived
-            done.append("block")
-        done.append("after")
-    assert done == ["block"] and stopped.value.signum == number
-
-
-def test_signals_are_as_before_after_a_block_that_failed():
-    before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with pytest.raises(ValueError), signals_held_back():
-        raise ValueError
-    after = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert after == before
-
-
-def test_signals_can_be_held_back_in_a_thread():
-    """Python's handlers can be set in the main thread only."""
-    done = []
-
-    def work():
-        with signals_held_back():
-            done.append("block")
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert done == ["block"]
 
 
 # --- Locks ----------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from classifier import (
     Config,
     RecipeSettings,
     command_line,
-    default_run_name,
     parse_config,
     redact,
 )
@@ -115,13 +114,13 @@ def test_short_forms_are_unique():
     ],
 )
 def test_a_runs_name_says_what_differs(words, name):
-    assert default_run_name(parse_config(words.split())) == name
+    assert parse_config(words.split()).run_name == name
 
 
 def test_a_long_name_is_not_called_default():
     config = parse_config(["--init-from", "models/everything_of_last_summer.pth"])
-    assert default_run_name(config) != "default"
-    assert len(default_run_name(config)) <= 18
+    assert config.run_name != "default"
+    assert len(config.run_name) <= 18
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,11 @@ from classifier import (
     RecipeSettings,
     Runtime,
     Split,
+    Training,
     TrainState,
     UserError,
     accumulation_windows,
     build_loader,
-    build_optimizer,
-    build_training,
     epoch_generator,
     evaluate,
     fit_temperature,
@@ -35,7 +34,6 @@ from classifier import (
     orthogonalize,
     parse_config,
     pixel_statistics,
-    run_epoch,
     shifted_views,
     train_epoch,
     view_logits,
@@ -62,7 +60,7 @@ def model(split):
 
 
 def state_of(model, runtime, recipe=PLAIN, total=100):
-    optimizer = build_optimizer(model, recipe, REFERENCE_BATCH)
+    optimizer = Muon.for_model(model, recipe, REFERENCE_BATCH)
     return TrainState(model, model, optimizer, total, runtime)
 
 
@@ -148,7 +146,7 @@ def test_every_batch_goes_as_far_with_an_epoch(model, batch):
     momentum remembers it, and how much it lets them decay."""
     found = []
     for size in (REFERENCE_BATCH, batch):
-        filters, head, biases = build_optimizer(model, RECIPE, size).param_groups
+        filters, head, biases = Muon.for_model(model, RECIPE, size).param_groups
         moved = [group["peak_lr"] / (1 - group["momentum"]) for group in (head, biases)]
         decay = [group["peak_lr"] * group["weight_decay"] for group in (head, biases)]
         # An orthogonalized update has one length, however many updates point the same way.
@@ -160,7 +158,7 @@ def test_every_batch_goes_as_far_with_an_epoch(model, batch):
 
 def test_the_groups_of_the_optimizer(model):
     recipe = replace(RECIPE, weight_decay=0.1, momentum=0.7)
-    filters, head, biases = build_optimizer(model, recipe, REFERENCE_BATCH).param_groups
+    filters, head, biases = Muon.for_model(model, recipe, REFERENCE_BATCH).param_groups
     assert len(filters["params"]) == 6 and filters["weight_decay"] == 0
     assert all(weight is not model.stem.weight for weight in filters["params"])
     assert [weight is model.head.weight for weight in head["params"]] == [True]
@@ -219,7 +217,7 @@ def test_training_has_three_shapes(split, cpu, count, batch_size):
     data = ImageData("tiny", tuple("abcd"), split.take(slice(count)), split.take(slice(8)))
     words = f"--epochs 10 --batch-size {batch_size} --width 4 --num-workers 0 --eval-every 0"
     config = parse_config([*words.split(), "--no-compile"])
-    training, shapes = build_training(config, data, cpu), []
+    training, shapes = Training(config, data, cpu), []
 
     def look(net, inputs, _):
         if net.training:
@@ -227,7 +225,7 @@ def test_training_has_three_shapes(split, cpu, count, batch_size):
 
     training.state.model.register_forward_hook(look)
     for _ in range(10):
-        run_epoch(training, config, data)
+        training.run_epoch()
     assert len(shapes) == 10 * len(training.sampler)
     assert {shape[2] for shape in shapes} == {20, 26, 32} and len(set(shapes)) == 3
 
