@@ -59,10 +59,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageFilter, ImageOps, JpegImagePlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 DATASETS = ("cifar10", "digits")  # any other name is a folder
@@ -391,8 +393,6 @@ def log(message: str) -> None:
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """`items`, on a terminal with a bar and the time left."""
-    from tqdm import tqdm
-
     off = None if is_rank_zero() else True  # None: off unless stderr is a terminal
     return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=off)
 
@@ -648,8 +648,6 @@ def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
 
     A `timeout` of -1 waits. Some network disks have no locks: the work then goes on without.
     """
-    from filelock import FileLock, Timeout  # comes with torch
-
     lock = FileLock(path, timeout=timeout)
     try:
         lock.acquire()
@@ -1077,8 +1075,6 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
 
 def download(url: str, path: Path, patient: bool) -> float:
     """Fetches `url` into `path`; 0, or the bytes per second if not `patient` and it is too slow."""
-    from tqdm import tqdm
-
     log(f"downloading CIFAR-10 (170 MB) from {url}")
     address = re.sub("//[^/]*@", "//", url)  # errors quote it, and urllib knows no passwords
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
@@ -1555,18 +1551,13 @@ def image_size(progress: float, start_size: int) -> int:
 
 
 def augment(
-    batch: list[Tensor],
-    epoch: int,
-    size: int,
-    recipe: RecipeSettings,
-    generator: torch.Generator,
-    host: torch.Generator,
+    batch: list[Tensor], epoch: int, size: int, recipe: RecipeSettings, generators: list
 ) -> Tensor:
     """A batch's images (N, 3, 32, 32) as training shows them, at side `size`.
 
-    `generator` is on the device, `host` on the CPU.
+    The random generators are one on the device and one on the CPU.
     """
-    images, _, indices = batch
+    (images, _, indices), (generator, host) = batch, generators
     if recipe.cutout:
         images = cut_out(images, recipe.cutout, generator)
     images = shift_and_flip(images, indices, epoch, generator, recipe)
@@ -1623,7 +1614,7 @@ def save_model(
         "model": {"width": config.recipe.width},
         "class_names": list(data.class_names),
         "dataset": data.name,
-        "flip": bool(config.recipe.flip),
+        "flip": data.flip,
         "pixel_mean": weights["pixel_mean"].flatten().tolist(),
         "pixel_std": weights["pixel_std"].flatten().tolist(),
         "temperature": temperature,
@@ -2204,13 +2195,11 @@ def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[
 
 
 class Meter:
-    """Loss and accuracy of an epoch of `count` batches, kept on the device to avoid syncs."""
+    """Loss and accuracy of an epoch, summed on the device to avoid syncs."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        # At once: many small tensors would fragment the heap, which cost 0.9 GB.
-        self.losses, self.correct = torch.zeros(2, count, device=device)
-        self.batches = self.images = 0
-        self.wait_seconds = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, device=device)  # loss, correct answers, images
+        self.images, self.wait_seconds = 0, 0.0
 
     def timed(self, loader: Iterable) -> Iterator[Any]:
         """The loader's batches; adds up how long they were waited for."""
@@ -2224,15 +2213,14 @@ class Meter:
             yield batch
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.losses[self.batches] = loss.detach() * len(labels)
-        self.correct[self.batches] = (logits.argmax(1) == labels).sum()
-        self.batches += 1
+        self.sums[0] += loss.detach() * len(labels)
+        self.sums[1] += (logits.argmax(1) == labels).sum()
         self.images += len(labels)
 
     def result(self, runtime: Runtime) -> dict[str, float]:
         """Means over the images of all processes."""
-        sums = [self.losses.sum(), self.correct.sum(), self.losses.new_tensor(self.images)]
-        loss, correct, images = runtime.sum(torch.stack(sums)).tolist()
+        self.sums[2] = self.images
+        loss, correct, images = runtime.sum(self.sums).tolist()
         return {"train_loss": loss / images, "train_accuracy": correct / images, "images": images}
 
 
@@ -2297,14 +2285,14 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over `count` batches, `steps` to an update; means over all processes."""
     runtime, epoch = state.runtime, state.epoch
-    generator = epoch_generator(seed, epoch, 1 + runtime.rank, runtime.device)
-    host = epoch_generator(seed, epoch, 1 + runtime.rank)
-    meter, started = Meter(count, runtime.device), time.perf_counter()
+    devices = runtime.device, torch.device("cpu")
+    generators = [epoch_generator(seed, epoch, 1 + runtime.rank, device) for device in devices]
+    meter, started = Meter(runtime.device), time.perf_counter()
     state.replica.train()
     for batch, weight, closes in accumulation_windows(meter.timed(batches), count, steps):
         batch = runtime.move(*batch)
         size, labels = image_size(state.progress, recipe.start_size), batch[1]
-        images = augment(batch, epoch, size, recipe, generator, host)
+        images = augment(batch, epoch, size, recipe, generators)
         with no_sync(state.replica, skip=not closes):
             with runtime.autocast():
                 logits = state.replica(images)  # (N, classes)
@@ -2392,22 +2380,15 @@ def fit_temperature(logits: Tensor, labels: Tensor, usual: float, runtime: Runti
 
 @torch.inference_mode()
 def evaluate(
-    net: nn.Module,
-    split: Split,
-    classes: int,
-    runtime: Runtime,
-    tta: bool,
-    flip: bool,
-    temperature: float,
-    fit: bool = False,
+    net: nn.Module, data: ImageData, runtime: Runtime, tta: bool, temperature: float, fit: bool
 ) -> Evaluation:
-    """`net` on each image of `split` once, however many processes share them.
+    """`net` on each evaluation image of `data` once, however many processes share them.
 
     The loss is of the plain view, without smoothing or temperature. The expected calibration error
     is of the answers (with `tta`) at `temperature`, or with `fit` at the one that suits them best,
     over 15 equal bins of confidence. UserError if the network gives NaN.
     """
-    started = time.perf_counter()
+    started, split, classes = time.perf_counter(), data.evaluation, len(data.class_names)
     net.eval()
     sampler = BatchSampler(len(split), EVALUATION_BATCH, runtime, shuffle=False)
     plain, answers, labels = [], [], []
@@ -2415,7 +2396,7 @@ def evaluate(
     # deadlock.
     for images, batch_labels, _ in build_loader(split, sampler, loader_options(0, runtime)):
         (images,) = runtime.move(images)
-        views = shifted_views(images, flip) if tta else images[None]
+        views = shifted_views(images, data.flip) if tta else images[None]
         with runtime.autocast():
             logits = view_logits(net, [views])  # (V, N, classes)
         plain.append(logits[0].cpu())
@@ -2513,12 +2494,7 @@ class Predictor:
         return found
 
     def predict(
-        self,
-        sources: Iterable[Any],
-        top_k: int = 3,
-        threshold: float = 0.0,
-        tta: bool = True,
-        keep_views: bool = False,
+        self, sources: Iterable[Any], top_k: int = 3, threshold: float = 0.0, tta: bool = True
     ) -> Iterator[Prediction]:
         """One `Prediction` per source, in order. While the network answers, threads decode more."""
         if top_k < 1:
@@ -2552,9 +2528,13 @@ class Predictor:
                         continue
                     top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
                     label = names[indices[0]] if values[0] >= threshold else "unknown"
-                    views = picture.views if keep_views else ()
-                    known = {"label": label, "confidence": values[0], "top": top, "views": views}
-                    yield replace(picture, milliseconds=milliseconds, **known)
+                    yield replace(
+                        picture,
+                        label=label,
+                        confidence=values[0],
+                        top=top,
+                        milliseconds=milliseconds,
+                    )
                 chunk = following
 
 
@@ -2603,7 +2583,8 @@ def predict(
     """
     single = isinstance(images, str | bytes | Path | Image.Image)
     predictor = cached_model(model_path, device)
-    return list(predictor.predict([images] if single else images, top_k, threshold, tta))
+    answers = predictor.predict([images] if single else images, top_k, threshold, tta)
+    return [replace(answer, views=()) for answer in answers]  # they take more than all the rest
 
 
 def served_model() -> Any:
@@ -2667,8 +2648,9 @@ class Training:
     """One seed's network, optimizer and loader, built from the settings; nothing trained yet."""
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
-        self.config, self.data, train, count = config, data, config.train, len(data.train)
-        self.recipe = recipe = config.recipe.resolve(train.init_from, data.flip)
+        self.recipe = recipe = config.recipe.resolve(config.train.init_from, data.flip)
+        self.config, self.data = config, replace(data, flip=bool(recipe.flip))
+        train, count = config.train, len(data.train)
         torch.manual_seed(train.seed)
         model = CifarNet(recipe.width, len(data.class_names), pixel_statistics(data.train.images))
         if train.init_from:
@@ -2718,8 +2700,7 @@ class Training:
         state, data, config = self.state, self.data, self.config
         tta = config.prediction.tta and state.epoch == config.train.epochs
         usual, fit = TEMPERATURE.get(data.name, 1.0), config.data.holdout > 0
-        classes, flip = len(data.class_names), bool(self.recipe.flip)
-        return evaluate(state.model, data.evaluation, classes, state.runtime, tta, flip, usual, fit)
+        return evaluate(state.model, data, state.runtime, tta, usual, fit)
 
     def run_epoch(self) -> tuple[Record, Evaluation | None]:
         """Train one epoch and, if one is due, evaluate."""
@@ -2881,14 +2862,14 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
             f"--holdout {config.data.holdout}: {config.model_path} was not trained on the "
             f"{len(data.train)} images that this leaves, so it may have seen those held out"
         )
+    data = replace(data, flip=saved.flip)
     images, name, tta = data.evaluation.images, data.evaluation_name, config.prediction.tta
     wanted = pick_compile(config.run.compile, runtime.device, one_off=True)
     net, report = accelerate(saved.model, runtime, wanted, images[:EVALUATION_BATCH])
     resolved = resolved_settings(runtime, loader_options(0, runtime), report, data)
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(resolved, data)
-        classes, temperature = len(data.class_names), saved.temperature
-        found = evaluate(net, data.evaluation, classes, runtime, tta, saved.flip, temperature)
+        found = evaluate(net, data, runtime, tta, saved.temperature, fit=False)
         result, text = found.record(name), found.headline(name)
         tracker.log_metrics(result | {"evaluation_seconds": found.seconds})
         tracker.log_outcome(f"**{text}**", found.files(data.class_names))
@@ -2938,7 +2919,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         images = list(images)
         total = len(images)
     started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
-    answers: Any = predictor.predict(images, *asked, keep_views=folder is not None)
+    answers: Any = predictor.predict(images, *asked)
     if not sys.stdout.isatty():  # on a terminal the answers show how far it is
         answers = progress(answers, "pictures", total)
     for count, answer in enumerate(answers, 1):
@@ -2952,7 +2933,8 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         keys = ("image", "label", "confidence", "top", "milliseconds")
         record = {key: getattr(answer, key) for key in keys}
         emit(record, answer.line(), config, runtime)
-        for view, name in zip(answer.views, ("letterbox", "square", "centre"), strict=False):
+        views = zip(answer.views, ("letterbox", "square", "centre"), strict=False)
+        for view, name in views if folder else ():
             stem = Path(answer.image).stem[:50]  # file names end at 255 bytes, a letter has up to 4
             picture = Image.fromarray(view.permute(1, 2, 0).numpy())
             picture.save(cast(Path, folder) / f"{count:05d}-{stem}-{name}.png")

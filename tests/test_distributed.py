@@ -192,9 +192,9 @@ def evaluations(runtime):
     net = classifier.CifarNet(2, 10, classifier.pixel_statistics(data.train.images))
     found = []
     for count in (1, 131):  # of one image, a process has no share
-        part = data.evaluation.take(slice(count))
+        part = replace(data, evaluation=data.evaluation.take(slice(count)), flip=False)
         pair = [
-            classifier.evaluate(net, part, 10, each, True, False, 1.0, fit=True)
+            classifier.evaluate(net, part, each, True, 1.0, True)
             for each in (runtime, Runtime(runtime.device))
         ]
         found.append([[*each.record("test").values(), each.confusion.tolist()] for each in pair])

@@ -157,7 +157,7 @@ def test_moved_pixels_equal_reflected_padding(down, right, flip):
 def augmented(images, epoch, seed=0, size=32, **changes):
     batch = [images, torch.zeros(len(images)), torch.arange(len(images))]
     generators = epoch_generator(seed, epoch), epoch_generator(seed, epoch, 1)
-    return augment(batch, epoch, size, replace(PLAIN, **changes), *generators)
+    return augment(batch, epoch, size, replace(PLAIN, **changes), generators)
 
 
 def test_augment_changes_nothing_where_all_is_off(images):

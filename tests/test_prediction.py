@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -118,8 +119,10 @@ def test_data_set_images_are_answered_as_evaluate_answers_them(trained, digits, 
     answers = predict(pictures, model_path=trained, tta=tta, device="cpu")
     right = [a.label == str(int(label)) for a, label in zip(answers, split.labels, strict=True)]
     predictor = cached_model(trained, "cpu")
-    temperature, flip = predictor.saved.temperature, predictor.saved.flip
-    found = evaluate(predictor.net, split, 10, predictor.runtime, tta, flip, temperature)
+    data = replace(digits, evaluation=split, flip=predictor.saved.flip)
+    found = evaluate(
+        predictor.net, data, predictor.runtime, tta, predictor.saved.temperature, False
+    )
     accuracy = found.accuracy_tta if tta else found.accuracy
     assert sum(right) / 40 == pytest.approx(accuracy) and 0.2 < accuracy < 1
 
@@ -145,7 +148,7 @@ def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved
     ]
     views = [softened(view) for view in views]
     views[1] = views[1].flip(2)
-    (answer,) = predictor.predict([photo], top_k=10, keep_views=True)
+    (answer,) = predictor.predict([photo], top_k=10)
     for found, view in zip(answer.views, views, strict=True):
         assert (found.int() - view.int()).abs().max() <= 1  # rounding of halves
     each = torch.cat([predictor.probabilities([view[None]], tta=False) for view in answer.views])
@@ -160,7 +163,7 @@ def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved
 def test_pictures_with_and_without_squares_in_one_batch(saved):
     pictures = [noise(90, 70), noise(40, 35), b"no picture", noise(120, 60), noise(32, 32)]
     predictor = cached_model(saved(flip=True))
-    together = list(predictor.predict(pictures, top_k=10, keep_views=True))
+    together = list(predictor.predict(pictures, top_k=10))
     assert [len(each.views) for each in together] == [3, 1, 0, 3, 1]
     for picture, answer in zip(pictures, together, strict=True):
         (alone,) = predictor.predict([picture], top_k=10)
@@ -188,7 +191,7 @@ def test_a_picture_of_the_networks_size_reaches_it_bit_for_bit(trained, tmp_path
     picture = noise(32, 32)
     picture.save(tmp_path / "a.png")
     sources = [tmp_path / "a.png", encoded(picture), picture]
-    for answer in cached_model(trained).predict(sources, keep_views=True):
+    for answer in cached_model(trained).predict(sources):
         (view,) = answer.views
         assert torch.equal(view, to_pixels(picture))
 
@@ -374,7 +377,7 @@ def test_what_the_network_saw_is_written(trained, album, tmp_path, capsys):
     # 30 pixels high: too few for squares
     assert code == 0 and names == {"00001-a-letterbox.png", "00002-ünï,code-letterbox.png"}
     found = to_pixels(Image.open(folder / "00001-a-letterbox.png"))
-    (answer,) = cached_model(trained).predict(pictures[:1], keep_views=True)
+    (answer,) = cached_model(trained).predict(pictures[:1])
     assert torch.equal(found, answer.views[0])
     long = album / f"{60 * 'ü'}{100 * 'a'}.png"  # a stem of 220 bytes
     noise(60, 60).save(long)

@@ -234,7 +234,7 @@ def test_training_has_three_shapes(split, cpu, count, batch_size):
 
 
 def test_meter_against_numpy(cpu):
-    rng, meter, losses, correct = np.random.default_rng(0), Meter(3, CPU), [], []
+    rng, meter, losses, correct = np.random.default_rng(0), Meter(CPU), [], []
     for size in (5, 5, 2):
         logits = torch.tensor(rng.normal(size=(size, 3))).float()
         labels = torch.tensor(rng.integers(0, 3, size))
@@ -257,7 +257,7 @@ def test_data_wait_is_measured(monkeypatch):
             now += 2.0
             yield number
 
-    meter, batches = Meter(3, CPU), []
+    meter, batches = Meter(CPU), []
     for batch in meter.timed(slow()):
         now += 50.0  # the work on a batch is no wait
         batches.append(batch)
@@ -351,7 +351,7 @@ def fake_cuda(monkeypatch):
         return epoch_generator(seed, epoch, rank)
 
     def result(meter, runtime):
-        assert meter.losses.device == meter.correct.device == runtime.device
+        assert meter.sums.device == runtime.device
         return {"train_loss": 0.0, "images": meter.images}
 
     monkeypatch.setattr(torch, "rand", rand)
@@ -416,11 +416,15 @@ def test_devices_never_mix_in_evaluation(fake_cuda):
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
+def data_of(split, classes):
+    return ImageData("tiny", tuple("abcde"[:classes]), split, split)
+
+
 @pytest.mark.parametrize("tta", [False, True])
 def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
     train(state_of(model, cpu), split)
     monkeypatch.setattr(classifier, "EVALUATION_BATCH", 40)  # 96 images: a short last batch
-    found = evaluate(model, split, 4, cpu, tta, True, temperature=2.0)
+    found = evaluate(model, data_of(split, 4), cpu, tta, 2.0, False)
     images, truth = split.images, split.labels.numpy()
     views = shifted_views(images, True) if tta else images[None]
     with torch.inference_mode():
@@ -445,7 +449,7 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
 def test_evaluation_of_a_network_that_gives_nan_is_refused(split, model, cpu, tta, fit):
     model.head.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="no longer finite.*--lr"):
-        evaluate(model, split, 4, cpu, tta, True, temperature=1.0, fit=fit)
+        evaluate(model, data_of(split, 4), cpu, tta, 1.0, fit)
 
 
 def test_a_training_that_its_last_update_ruins_ends_in_one_line(capsys):
@@ -472,10 +476,10 @@ def test_fitted_temperature_undoes_a_scale(cpu):
 def test_fitted_temperature_calibrates_the_evaluation(cpu):
     logits, labels = calibrated(10_000)
     pixels = (logits - logits.min()).mul(8).round().byte()[:, :, None, None]
-    split, model = Split(pixels, labels), torch.nn.Flatten()  # pixels are its logits
-    fitted = evaluate(model, split, 5, cpu, False, False, 1.0, fit=True)
+    data, model = data_of(Split(pixels, labels), 5), torch.nn.Flatten()  # pixels are its logits
+    fitted = evaluate(model, data, cpu, False, 1.0, True)
     assert fitted.temperature == pytest.approx(8, rel=0.05) and fitted.ece < 0.01
-    assert evaluate(model, split, 5, cpu, False, False, 1.0).ece > 0.1
+    assert evaluate(model, data, cpu, False, 1.0, False).ece > 0.1
 
 
 @pytest.mark.parametrize("usual", [0.54, 1.0])
