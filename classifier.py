@@ -604,18 +604,14 @@ class CompileReport(NamedTuple):
 
 
 def accelerate(
-    model: nn.Module,
-    runtime: Runtime,
-    compile: tuple[bool, str],
-    example: Tensor,
-    memory_format: torch.memory_format = torch.channels_last,
+    model: nn.Module, runtime: Runtime, compile: tuple[bool, str], example: Tensor
 ) -> tuple[nn.Module, CompileReport]:
     """What to call instead of `model`, sharing its weights: on the device, compiled if that works.
 
     torch.compile is lazy and fails at the first call, so that call is made here, on the images
     `example` and in the model's mode. It changes no weights, statistics or random state.
     """
-    model.to(runtime.device).to(memory_format=memory_format)  # type: ignore[call-overload]
+    model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if runtime.amp_dtype and not model.training:  # autocast would cast them again at each call
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -698,12 +694,7 @@ def load_whole(file: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------
 # Model: uint8 pixels in, logits out. Knows neither flags nor files.
-class PixelStatistics(NamedTuple):
-    """What the network's first layer takes from the training images; pixels from 0 to 1."""
-
-    mean: Tensor  # (3,)
-    std: Tensor  # (3,)
-    whitening: Tensor  # (24, 3, 2, 2)
+PixelStatistics = tuple[Tensor, Tensor, Tensor]  # mean (3,), std (3,), whitening (24, 3, 2, 2)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -732,7 +723,7 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     chosen = filled[torch.arange(12) % len(filled)]
     filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T
     filters = filters.reshape(12, 3, 2, 2)
-    return PixelStatistics(mean.float(), std.float(), torch.cat([filters, -filters]).float())
+    return mean.float(), std.float(), torch.cat([filters, -filters]).float()
 
 
 class ConvBlock(nn.Module):
@@ -771,7 +762,7 @@ class CifarNet(nn.Module):
             ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 4 * width)
         )
         self.head = nn.Linear(4 * width, classes, bias=False)
-        zeros = PixelStatistics(torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2))
+        zeros = torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2)
         mean, std, whitening = statistics or zeros
         self.register_buffer("pixel_mean", mean.view(3, 1, 1))
         self.register_buffer("pixel_std", std.view(3, 1, 1))
@@ -1084,14 +1075,12 @@ def download(url: str, path: Path, patient: bool) -> float:
         tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
         bar.total = size = int(answer.headers.get("Content-Length") or TARBALL_SIZE)
-        if size > TARBALL_SIZE:
-            raise ValueError("the file is another one: it is larger")
         started, judged, next_line = time.monotonic(), patient, 0.1
         while chunk := answer.read1(2**16):
             bar.update(file.write(chunk))
             done, seconds = file.tell(), time.monotonic() - started
-            if done > size:
-                raise ValueError("it sends more than it promised")
+            if done > size or size > TARBALL_SIZE:
+                raise ValueError("the file is another one: it is larger")
             if not judged and seconds >= MIRROR_TRIAL:
                 judged, rate = True, done / seconds
                 if rate < MIRROR_LEAST_RATE:
@@ -1129,10 +1118,10 @@ def fetch_tarball(urls: tuple[str, ...], path: Path) -> None:
         except Exception as error:  # any: whatever is wrong with this mirror, the next may serve
             failures.append(f"{url}: {first_line(error)}")
             log(f"  failed: {first_line(error)}")
-    ways = "name a mirror with --data-url, or try --dataset digits, which needs no download"
     raise UserError(
         f"could not get CIFAR-10: {'; '.join(failures)}. Three ways out: put {CIFAR10.filename} "
-        f"(md5 {CIFAR10.tgz_md5}) into the folder of --data-dir, {ways}"
+        f"(md5 {CIFAR10.tgz_md5}) into --data-dir, name a mirror with --data-url, or try --dataset "
+        f"digits, which needs no download"
     )
 
 
@@ -1263,8 +1252,7 @@ class PictureFolder:
             for name, paths in train.items():
                 train[name], test[name] = self.split_class(paths, root)
         if len(train) < 2:
-            found = f"they are in {len(train)}"
-            raise UserError(f"--dataset: {root} needs pictures in at least two subfolders; {found}")
+            raise UserError(f"--dataset: {root} needs pictures in at least two subfolders")
         if unknown := [name for name in test if name not in train]:
             raise UserError(f"--dataset: {root} has no training pictures of {', '.join(unknown)}")
         for name in train:
@@ -1368,9 +1356,7 @@ def load_data(settings: DataSettings, training: bool = True) -> ImageData:
     if settings.holdout:
         count, order = len(data.train), shuffled(len(data.train))
         if settings.holdout >= count:
-            raise UserError(
-                f"--holdout {settings.holdout}: leaves none of {count} images to train on"
-            )
+            raise UserError(f"--holdout {settings.holdout}: leaves none of {count} to train on")
         held = data.train.take(order[: settings.holdout])
         train = data.train.take(order[settings.holdout :])
         data = replace(data, train=train, evaluation=held, evaluation_name="holdout")
@@ -1382,8 +1368,7 @@ def load_everywhere(settings: DataSettings, runtime: Runtime, training: bool = T
     data = load_data(settings, training)
     digests = data.train.digest, data.evaluation.digest
     if runtime.from_main(digests) != digests:
-        ways = "bring --data-dir or --dataset to the same state on all machines"
-        raise UserError(f"{platform.node()} has other images than the main process: {ways}")
+        raise UserError(f"{platform.node()} has other images than the main process: compare them")
     return data
 
 
@@ -1553,11 +1538,8 @@ def image_size(progress: float, start_size: int) -> int:
 def augment(
     batch: list[Tensor], epoch: int, size: int, recipe: RecipeSettings, generators: list
 ) -> Tensor:
-    """A batch's images (N, 3, 32, 32) as training shows them, at side `size`.
-
-    The random generators are one on the device and one on the CPU.
-    """
-    (images, _, indices), (generator, host) = batch, generators
+    """A batch's images (N, 3, 32, 32) as training shows them, at side `size`."""
+    (images, _, indices), (generator, host) = batch, generators  # on the device, on the CPU
     if recipe.cutout:
         images = cut_out(images, recipe.cutout, generator)
     images = shift_and_flip(images, indices, epoch, generator, recipe)
@@ -1584,20 +1566,19 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
-        ways = "train one (--mode train) or name it with --model-path"
-        raise UserError(f"{path}: no such model; {ways}") from None
+        raise UserError(f"{path}: no such model; --mode train makes one") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         payload = load_whole(io.BytesIO(content))
     except Exception as error:  # any: whatever the unpickler makes of foreign bytes
-        reason = f"damaged or no file of this program ({first_line(error)})"
-        raise UserError(f"{path} is {reason}; nothing in it was run") from None
+        raise UserError(f"{path} is damaged or another program's: {first_line(error)}") from None
     if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
         raise UserError(f"{path} is no file of this program")
     if payload["format_version"] != version:
-        found = f"format {payload['format_version']}, this program reads {version}"
-        raise UserError(f"{path} has {found}: train again")
+        raise UserError(
+            f"{path} has format {payload['format_version']}, not {version}: train again"
+        )
     if missing := [key for key in keys if key not in payload]:
         raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return payload
@@ -1793,6 +1774,7 @@ class Tracker:
     """Tracks nothing: what --no-mlflow and every process but the main one use."""
 
     run_id: str | None = None
+    pending: list = []
 
     def log_settings(self, resolved: Record, data: ImageData) -> None:
         """Once, before the work: what was asked for and what became of it."""
@@ -1811,8 +1793,7 @@ class MlflowTracker(Tracker):
     """One MLflow run. Each call adds records to `pending` and sends all that is pending.
 
     A record that fails stays, with all that follow it, for the next call: MLflow makes no second
-    try, and its timeout is below 10 s. What the store has not taken when the run ends is written
-    beside the model.
+    try, and its timeout is below 10 s. A training with records left keeps its resume file.
     """
 
     def __init__(
@@ -2011,15 +1992,12 @@ class MlflowTracker(Tracker):
             log(f"MLflow did not store the model: {first_line(error)}")
 
     def log_model(self, path: Path) -> None:
-        """For `mlflow models serve`: this script (models-from-code) and `path`, no pickle.
-
-        The example tells MLflow which parameters a request may have.
-        """
+        """For `mlflow models serve`: this script (models-from-code) and `path`, no pickle."""
         import PIL
 
         picture = io.BytesIO()
         Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY)).save(picture, "PNG")
-        parameters = {"top_k": 3, "threshold": 0.0, "tta": True}
+        parameters = {"top_k": 3, "threshold": 0.0, "tta": True}  # what a request may have
         versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
         with self.mlflow.start_run(self.run_id, log_system_metrics=False):
             stored = self.mlflow.pyfunc.log_model(
@@ -2038,7 +2016,7 @@ class MlflowTracker(Tracker):
         self.add(self.store_status, status=status)
         self.flush()
         if self.pending:
-            self.keep_pending()
+            log(f"MLflow did not take {len(self.pending)} records; train --resume sends them again")
         if self.pending or self.parent:  # whose end says how to compare
             return
         server, mode = self.uri, self.config.run.mode
@@ -2053,28 +2031,14 @@ class MlflowTracker(Tracker):
             self.monitor.finish()
         self.client.set_terminated(self.run_id, status, when)
 
-    def keep_pending(self) -> None:
-        """What was not logged, one record per line, beside the model; of its files the names."""
-        path = Path(f"{self.config.model_path}.unlogged.jsonl")
-        text = f"MLflow did not take {len(self.pending)} records"
-        try:
-            with open(path, "a") as file:
-                for store, content in self.pending:
-                    name = store.__name__.removeprefix("store_")
-                    record = {"run_id": self.run_id, "log": name} | content
-                    file.write(f"{redact(json.dumps(record, default=str))}\n")
-            log(f"{text}: they are in {path}")
-        except OSError as error:
-            log(f"{text}, nor could {path} be written: {error.strerror}")
-
 
 @contextlib.contextmanager
 def open_tracker(
     config: Config, runtime: Runtime, run_id: str | None = None, parent: Tracker | None = None
 ) -> Iterator[Tracker]:
-    """A tracker whose run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
+    """A tracker that goes on with run `run_id`, or makes one that folds under the `parent`'s.
 
-    `run_id` continues that run; `parent` is the tracker whose run this one folds under.
+    The run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
     """
     if not config.tracking.mlflow or runtime.rank or type(parent) is Tracker:
         yield Tracker()
@@ -2304,10 +2268,8 @@ def train_epoch(
     result = meter.result(runtime)
     seconds = time.perf_counter() - started
     if not math.isfinite(result["train_loss"]):
-        raise UserError(
-            f"the loss is no longer finite (epoch {epoch + 1}, learning rate {state.lr:.3g}): try "
-            f"a lower --lr or --no-amp"
-        )
+        place = f"epoch {epoch + 1}, learning rate {state.lr:.3g}"
+        raise UserError(f"the loss is no longer finite ({place}): try a lower --lr or --no-amp")
     return result | {
         "lr": state.lr,
         "seconds": seconds,
@@ -2789,7 +2751,7 @@ def train_seed(
         result |= {"seed": config.train.seed, "run_id": tracker.run_id}
         result["model_path"] = path and str(path)
         emit({"event": "result"} | result, f"{text}; model: {path}", config, runtime)
-    if path == config.model_path:  # last, so that what the tracker lacks can be resumed, too
+    if path == config.model_path and not tracker.pending:
         resume.path.unlink(missing_ok=True)
     return result
 
@@ -2979,16 +2941,6 @@ class UsualImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index], int(index)
 
 
-def save_photo(path: Path, width: int, height: int) -> None:
-    """A JPEG with as much detail at each scale as photos have: ever fainter octaves of noise."""
-    generator, picture = epoch_generator(0, 0), torch.zeros(1, 3, height, width)
-    for octave in range(2, 10):
-        noise = torch.randn(1, 3, 3 * 2**octave // 4, 2**octave, generator=generator)
-        picture += F.interpolate(noise, (height, width), mode="bilinear") / 2**octave
-    pixels = (128 + 60 * picture / picture.std()).clamp(0, 255).byte()[0].permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(path, quality=90)
-
-
 def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[float]:
     """Seconds of each round; the first, which warms up, is on top of `rounds`."""
     seconds = []
@@ -3002,10 +2954,7 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 
 
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
-    """Sends what is known of a configuration: seconds of each measure, memory, settings.
-
-    Runs in a process of its own, which the parent ends.
-    """
+    """Sends what a configuration's measures took, its memory and settings to the parent process."""
     amp, usual = "mixed_precision" in chosen and config.run.amp, "data_loading" not in chosen
     run = replace(config.run, mode="train", amp=amp, compile="compile" in chosen)
     # The same work for all: full size, no cutout, no bars, which the usual loader does not know.
@@ -3045,10 +2994,12 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         works: dict[str, Callable[[], Any]] = {"training": train, "loading": load}
         seconds = {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
         memory, file, photo = runtime.peak_memory_mb(), Path(folder, "m.pth"), Path(folder, "p.jpg")
-        save_photo(photo, 500, 375)
+        noise = Image.effect_noise((125, 94), 80).resize((500, 375), Image.Resampling.LANCZOS)
+        noise.convert("RGB").save(photo)  # with about as much detail as a photo has
         save_model(file, model, data, config, 1.0, {})
         saved, images = load_model(file), data.train.images[torch.arange(64) % len(data.train)]
-        net, _ = accelerate(saved.model, runtime, (bool(run.compile), ""), images[:1], layout)
+        net, _ = accelerate(saved.model, runtime, (bool(run.compile), ""), images[:1])
+        saved.model.to(memory_format=layout)  # type: ignore[call-overload]
         predictor = Predictor(net, saved, runtime)
         works = {
             "photo": lambda: list(predictor.predict([photo], tta=False)),

@@ -61,15 +61,15 @@ def test_shapes_and_dtypes(model, images):
 def test_statistics_are_those_of_the_pixels(images):
     found = pixel_statistics(images)
     values = images.permute(1, 0, 2, 3).reshape(3, -1).numpy() / 255
-    np.testing.assert_allclose(found.mean, values.mean(1), rtol=1e-6)
-    np.testing.assert_allclose(found.std, values.std(1), rtol=1e-5)
+    np.testing.assert_allclose(found[0], values.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(found[1], values.std(1), rtol=1e-5)
 
 
 def filtered(images):
     """What the stem's filters give: (24, answers)."""
     found = pixel_statistics(images)
-    normalised = (images / 255 - found.mean.view(3, 1, 1)) / found.std.view(3, 1, 1)
-    return F.conv2d(normalised, found.whitening).transpose(0, 1).flatten(1)
+    normalised = (images / 255 - found[0].view(3, 1, 1)) / found[1].view(3, 1, 1)
+    return F.conv2d(normalised, found[2]).transpose(0, 1).flatten(1)
 
 
 def test_whitened_patches_are_uncorrelated(images):
@@ -91,8 +91,8 @@ def test_images_of_one_colour_do_not_break_the_whitening():
 def test_real_statistics_are_cifar10s(real_cifar):
     found = pixel_statistics(load_data(DataSettings(data_dir=str(real_cifar))).train.images)
     for part, known in (
-        (found.mean, (0.4914, 0.4822, 0.4465)),
-        (found.std, (0.247, 0.2435, 0.2616)),
+        (found[0], (0.4914, 0.4822, 0.4465)),
+        (found[1], (0.247, 0.2435, 0.2616)),
     ):
         torch.testing.assert_close(part, torch.tensor(known), atol=1e-4, rtol=0)
 

@@ -464,18 +464,6 @@ def test_benchmark_figure(measured_benchmark):
         assert names == ["baseline", "combined", "baseline again"]
 
 
-def test_the_measured_photo_is_one(tmp_path):
-    """Its detail, which decoding time depends on, is a photo's: no flat areas, not only noise."""
-    classifier.save_photo(tmp_path / "photo.jpg", 500, 375)
-    assert (tmp_path / "photo.jpg").stat().st_size > 20_000
-    with Image.open(tmp_path / "photo.jpg") as photo:
-        assert photo.size == (500, 375)
-        pixels = np.asarray(photo, dtype=np.float32)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10_000 and 40 < pixels.std() < 70
-    steps = np.abs(np.diff(pixels, axis=1)).mean()
-    assert 1 < steps < 20  # independent noise of this deviation: 68
-
-
 @contextmanager
 def without_processes(found):
     """`measure` gives what `found` has for a configuration, in no time."""
