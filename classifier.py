@@ -366,10 +366,7 @@ def command_line(config: Config, **changes: Any) -> str:
         else:
             words += [f"--{flag}", str(loggable(value))]
     start = "torchrun [its flags]" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    script = __file__
-    with contextlib.suppress(ValueError):  # on another drive than the current folder
-        script = os.path.relpath(__file__)
-    return f"{start} {shlex.join([script, *words])}"
+    return f"{start} {shlex.join([sys.argv[0], *words])}"
 
 
 def percent(fraction: float | None) -> str:
@@ -1165,10 +1162,8 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
 
 def load_digits() -> ImageData:
     """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grays, enlarged; a fifth to test."""
-    try:
-        from sklearn.datasets import load_digits as load_bundled
-    except ImportError:
-        raise UserError("--dataset digits needs scikit-learn: pip install scikit-learn") from None
+    from sklearn.datasets import load_digits as load_bundled
+
     bundled = load_bundled()
     small = torch.from_numpy(bundled.images).float()[:, None] * (255 / 16)
     large = F.interpolate(small, size=IMAGE_SIZE, mode="bilinear").round().byte()
@@ -1288,19 +1283,18 @@ class PictureFolder:
                 sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
         place = open_data_dir(cache.parent) if self.keep else contextlib.nullcontext(False)
         with place as writable:
-            saved: Record = {}
+            images = NO_IMAGES.images.new_zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE)
+            before: dict[int, Any] = dict.fromkeys(range(len(paths)))
             with contextlib.suppress(Exception):  # any: a missing or damaged file is made again
                 saved = load_whole(cache)
-            if not isinstance(saved, dict) or saved.get("key") != sha.digest():
-                images = NO_IMAGES.images.new_zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE)
-                errors: dict[int, Any] = dict.fromkeys(range(len(paths)))
-                saved = {"key": sha.digest(), "images": images, "errors": errors}
+                if saved["key"] == sha.digest():
+                    images, before = saved["images"], saved["errors"]
             # All pictures, or those that could not be read: the reason may be gone.
-            before, images = saved["errors"], saved["images"]
-            saved["errors"] = errors = self.letterbox_all(paths, before, images)
+            errors = self.letterbox_all(paths, before, images)
+            content = {"key": sha.digest(), "images": images, "errors": errors}
             try:
                 if writable and errors != before:
-                    save_atomically(saved, cache)
+                    save_atomically(content, cache)
             except UserError as error:
                 log(f"{error}; the pictures will be read again next time")
         return images, errors
@@ -1409,38 +1403,28 @@ def epoch_generator(
 
 
 class BatchSampler(Sampler):
-    """The indices of this process's batches: one shuffle for all processes, disjoint shares.
+    """The indices of this process's batches: each `epoch` one shuffle for all processes.
 
-    With `shuffle` each `epoch` has its own order, shares are equally long, and a short last batch
-    is dropped if a whole one remains. Without, nothing is left out.
+    They get equal, disjoint shares. A short last batch is dropped if a whole one remains.
     """
 
-    def __init__(
-        self, count: int, batch_size: int, runtime: Runtime, shuffle: bool, seed: int = 0
-    ) -> None:
+    def __init__(self, count: int, batch_size: int, runtime: Runtime, seed: int) -> None:
         self.count, self.batch_size, self.runtime = count, batch_size, runtime
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.seed, self.epoch = seed, 0
 
     @property
     def share(self) -> int:
         """Images of this process in an epoch."""
-        rank, world_size = self.runtime.rank, self.runtime.world_size
-        if not self.shuffle:
-            return len(range(rank, self.count, world_size))
-        equal = self.count // world_size
+        equal = self.count // self.runtime.world_size
         return max(equal - equal % self.batch_size, min(equal, self.batch_size))
 
     def __len__(self) -> int:
         return math.ceil(self.share / self.batch_size)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = torch.arange(self.count)
-        if self.shuffle:
-            generator = epoch_generator(self.seed, self.epoch)
-            order = torch.randperm(self.count, generator=generator)
+        order = torch.randperm(self.count, generator=epoch_generator(self.seed, self.epoch))
         mine = order[self.runtime.rank :: self.runtime.world_size][: self.share]
-        for start in range(0, len(mine), self.batch_size):  # `split` gives nothing as one batch
-            yield mine[start : start + self.batch_size].numpy()
+        yield from map(Tensor.numpy, mine.split(self.batch_size))
 
 
 def start_worker(_worker: int) -> None:
@@ -1776,17 +1760,10 @@ class Tracker:
     run_id: str | None = None
     pending: list = []
 
-    def log_settings(self, resolved: Record, data: ImageData) -> None:
-        """Once, before the work: what was asked for and what became of it."""
-
-    def log_metrics(self, record: Record, step: int = 0) -> None:
-        """The numbers of an epoch, or with no step the final ones."""
-
-    def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None:
-        """Once, after the work: the result in words, files, and the model."""
-
-    def close(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED."""
+    def log_settings(self, resolved: Record, data: ImageData) -> None: ...
+    def log_metrics(self, record: Record, step: int = 0) -> None: ...
+    def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None: ...
+    def close(self, status: str) -> None: ...
 
 
 class MlflowTracker(Tracker):
@@ -1920,6 +1897,7 @@ class MlflowTracker(Tracker):
         return json.dumps(view | {"state": json.dumps(table)})
 
     def log_settings(self, resolved: Record, data: ImageData) -> None:
+        """Once, before the work: what was asked for and what became of it."""
         params = {}
         for name, value in (self.config.flat() | resolved).items():
             text = f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
@@ -1952,6 +1930,7 @@ class MlflowTracker(Tracker):
         self.client.log_inputs(self.run_id, inputs)
 
     def log_metrics(self, record: Record, step: int = 0) -> None:
+        """The numbers of an epoch, or with no step the final ones."""
         values = {}
         # The compare page draws the first metric: accuracies, not the training's.
         for key in sorted(record, key=lambda key: "accuracy" not in key or key.startswith("train")):
@@ -1967,6 +1946,7 @@ class MlflowTracker(Tracker):
             self.mlflow.log_metrics(values, step, run_id=self.run_id, timestamp=when)
 
     def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None:
+        """Once, after the work: the result in words, files, and the model."""
         defaults = Config().flat()
         lines = [text, "", "```", command_line(self.config), "```", ""]
         for name, value in self.config.flat().items():
@@ -2350,23 +2330,19 @@ def evaluate(
     is of the answers (with `tta`) at `temperature`, or with `fit` at the one that suits them best,
     over 15 equal bins of confidence. UserError if the network gives NaN.
     """
-    started, split, classes = time.perf_counter(), data.evaluation, len(data.class_names)
+    started, classes, plain, answers = time.perf_counter(), len(data.class_names), [], []
     net.eval()
-    sampler = BatchSampler(len(split), EVALUATION_BATCH, runtime, shuffle=False)
-    plain, answers, labels = [], [], []
-    # No workers: reading in order costs nothing. `net` is not DDP: ranks with fewer batches would
-    # deadlock.
-    for images, batch_labels, _ in build_loader(split, sampler, loader_options(0, runtime)):
-        (images,) = runtime.move(images)
+    share = data.evaluation.take(slice(runtime.rank, None, runtime.world_size))
+    truth = share.labels
+    # `net` is not DDP: ranks with fewer batches would deadlock.
+    for batch in share.images.split(EVALUATION_BATCH):
+        (images,) = runtime.move(batch)
         views = shifted_views(images, data.flip) if tta else images[None]
         with runtime.autocast():
             logits = view_logits(net, [views])  # (V, N, classes)
         plain.append(logits[0].cpu())
         answers.append(logits.mean(0).cpu())
-        labels.append(batch_labels)
-    none = torch.empty(0, classes)  # a process may have no share
-    plain_logits, answer_logits = torch.cat([none, *plain]), torch.cat([none, *answers])
-    truth = torch.cat([NO_IMAGES.labels, *labels])
+    plain_logits, answer_logits = torch.cat(plain), torch.cat(answers)
     loss = runtime.sum(F.cross_entropy(plain_logits, truth, reduction="sum").to(runtime.device))
     if not loss.isfinite():
         raise UserError("the network's answers are no longer finite: try a lower --lr or --no-amp")
@@ -2617,7 +2593,7 @@ class Training:
         model = CifarNet(recipe.width, len(data.class_names), pixel_statistics(data.train.images))
         if train.init_from:
             self.adopt_weights(model, Path(train.init_from))
-        self.sampler = BatchSampler(count, train.batch_size, runtime, shuffle=True, seed=train.seed)
+        self.sampler = BatchSampler(count, train.batch_size, runtime, train.seed)
         share, batches = self.sampler.share, len(self.sampler)
         if not batches:
             processes = runtime.world_size
@@ -3224,6 +3200,8 @@ def explain(error: Exception, config: Config) -> str | None:
     match error:
         case UserError():
             return redact(str(error))
+        case ImportError():
+            return f"{error}: pip install -r requirements.txt"
         case torch.OutOfMemoryError():
             half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"

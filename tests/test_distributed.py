@@ -161,7 +161,7 @@ def exchanges(runtime):
         return work.get_future().then(lambda done: done.value()[0])
 
     replica.register_comm_hook(None, count)
-    sampler = classifier.BatchSampler(48, 4, runtime, shuffle=True)
+    sampler = classifier.BatchSampler(48, 4, runtime, 0)
     options = classifier.loader_options(0, runtime)
     loader = classifier.build_loader(data.train, sampler, options)
     optimizer = classifier.Muon.for_model(model, recipe, 24)

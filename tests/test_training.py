@@ -66,7 +66,7 @@ def state_of(model, runtime, recipe=PLAIN, total=100):
 
 def train(state, split, recipe=PLAIN, batch_size=16, steps=1):
     """One epoch; six batches unless told otherwise."""
-    sampler = BatchSampler(len(split), batch_size, state.runtime, shuffle=True)
+    sampler = BatchSampler(len(split), batch_size, state.runtime, 0)
     sampler.epoch = state.epoch
     loader = build_loader(split, sampler, loader_options(0, state.runtime))
     return train_epoch(state, loader, len(sampler), steps, recipe, seed=0)
@@ -442,6 +442,15 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
     np.add.at(expected, (truth, plain), 1)
     np.testing.assert_array_equal(found.confusion, expected)
     assert found.per_class(tuple("abcd"))["b"] == pytest.approx(expected[1, 1] / 24)
+
+
+def test_processes_evaluate_each_image_once(split, model, cpu, monkeypatch):
+    whole = evaluate(model, data_of(split, 4), cpu, False, 1.0, False).confusion
+    monkeypatch.setattr(Runtime, "sum", lambda _, tensor: tensor)
+    shares = [Runtime(CPU, rank=rank, world_size=5) for rank in range(5)]
+    each = [evaluate(model, data_of(split, 4), one, False, 1.0, False).confusion for one in shares]
+    assert [int(part.sum()) for part in each] == [20, 19, 19, 19, 19]
+    assert torch.equal(torch.stack(each).sum(0), whole)
 
 
 @pytest.mark.parametrize("tta", [False, True])
