@@ -84,8 +84,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 
 
 # --------------------------------------------------------------------------------------------------
-# Settings: each is written once, as a dataclass field. It becomes a flag, its help text, an MLflow
-# parameter and a part of the run's name.
+# Settings: each is a dataclass field, which becomes a flag and an MLflow parameter.
 class UserError(Exception):
     """A problem that the user can solve: one line, exit code 1."""
 
@@ -188,11 +187,7 @@ class RecipeSettings:
 
     width: int = setting(64, "channels of the first stage", "w", least=1, most=4096)
     lr: float | None = setting(
-        None,
-        f"peak learning rate at batch {REFERENCE_BATCH} (auto: 0.0192; 0.006 with --init-from)",
-        "lr",
-        above=0.0,
-        most=1e6,
+        None, "peak rate (auto: 0.0192; 0.015 with --init-from)", "lr", above=0.0, most=1e6
     )
     momentum: float = setting(0.9367, "momentum at that batch", "m", least=0.0, most=0.9999)
     weight_decay: float = setting(1.7e-3, "of head and biases", "wd", least=0.0, most=1.0)
@@ -205,7 +200,7 @@ class RecipeSettings:
 
     def resolve(self, init_from: str | None, flip: bool) -> RecipeSettings:
         """The recipe with what `auto` stands for; `flip` is the data set's."""
-        lr = self.lr or (0.006 if init_from else 0.0192)
+        lr = self.lr or (0.015 if init_from else 0.0192)
         return replace(self, lr=lr, flip=flip if self.flip is None else self.flip)
 
 
@@ -395,8 +390,7 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
 
 
 # --------------------------------------------------------------------------------------------------
-# Runtime: device, precision, processes, signals, and files that are written whole or not at all.
-# Knows neither model nor data.
+# Runtime: device, precision, processes, signals, whole files. Knows neither model nor data.
 class Stopped(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that nothing swallows it."""
 
@@ -637,16 +631,13 @@ def accelerate(
 
 @contextlib.contextmanager
 def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
-    """Nobody else holds the lock file `path` meanwhile; UserError with `refusal` if somebody does.
-
-    A `timeout` of -1 waits. Some network disks have no locks: the work then goes on without.
-    """
+    """Nobody else holds the lock file `path`; UserError if somebody does (`timeout` -1 waits)."""
     lock = FileLock(path, timeout=timeout)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(refusal) from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # some network disks have none
         log(f"{path} cannot be locked ({first_line(error)}): let only one process use it")
     try:
         yield
@@ -718,8 +709,7 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     # directions take their places.
     filled = (eigenvalues.clamp(min=0) >= 1e-6 * eigenvalues[-1]).nonzero().flatten()
     chosen = filled[torch.arange(12) % len(filled)]
-    filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T
-    filters = filters.reshape(12, 3, 2, 2)
+    filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
     return mean.float(), std.float(), torch.cat([filters, -filters]).float()
 
 
@@ -791,10 +781,7 @@ class CifarNet(nn.Module):
 
 
 def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
-    """Each image (N, C, H, W) shifted by its own whole pixels, edges reflected, flipped if told.
-
-    Every pixel of the result is some pixel of the original, so one gather does it all.
-    """
+    """Each image (N, C, H, W) shifted by its own whole pixels, edges reflected, flipped if told."""
     _, channels, height, width = images.shape
 
     def source(offsets: Tensor, size: int) -> Tensor:  # reflected: -1 becomes 1
@@ -1271,10 +1258,7 @@ class PictureFolder:
         return errors
 
     def read(self, paths: list[str], part: str) -> tuple[Tensor, dict[int, str]]:
-        """The pictures of `part` as predict's letterbox shows them, and the errors of some.
-
-        The array is kept in a cache file until a picture's name, size or date changes.
-        """
+        """The letterboxed pictures and the errors; cached until a name, size or date changes."""
         sha, cache = hashlib.sha256(b"%d" % CACHE_FORMAT), Path(f"{self.cache}-{part}.cache")
         for path in paths:
             sha.update(os.fsencode(f"\n{path}"))
@@ -1331,10 +1315,7 @@ class PictureFolder:
 
 
 def load_data(settings: DataSettings, training: bool = True) -> ImageData:
-    """The data set of the settings, with --limit-images and --holdout applied.
-
-    Without `training` the training images are left out, unless some of them are held out.
-    """
+    """The data set with --limit-images and --holdout applied; without `training` to evaluate on."""
     training = training or settings.holdout > 0
     match settings.dataset or DATASETS[0]:
         case "cifar10":
@@ -1560,9 +1541,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
     if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
         raise UserError(f"{path} is no file of this program")
     if payload["format_version"] != version:
-        raise UserError(
-            f"{path} has format {payload['format_version']}, not {version}: train again"
-        )
+        raise UserError(f"{path} has another edition's format: train again")
     if missing := [key for key in keys if key not in payload]:
         raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return payload
@@ -1597,8 +1576,7 @@ def check_model(saved: Record) -> None:
         "class names": {type(name) for name in saved["class_names"]} == {str},
         "the model's flip": isinstance(saved["flip"], bool),
         "data set": isinstance(saved["dataset"], str),
-        "temperature": isinstance(saved["temperature"], float)
-        and 0.01 <= saved["temperature"] <= 100,
+        "temperature": 0.01 <= saved["temperature"] <= 100,
     }
     for part in get_type_hints(Config).values():
         hints = get_type_hints(part)
@@ -1650,7 +1628,7 @@ def reserve_model_path(path: Path) -> Iterator[None]:
 class ResumeFile:
     """The resume file of a model path: all of a run up to its last finished epoch."""
 
-    KEYS = ("state", "history", "run_id", "seconds", "settings", "digest")
+    KEYS = ("settings", "digest", "state", "history", "run_id", "seconds")
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.path, self.digest = config.resume_path, data.train.digest
@@ -1665,14 +1643,11 @@ class ResumeFile:
             "processes": runtime.world_size,
         }
 
-    def save(
-        self, state: Record, history: list[Record], run_id: str | None, seconds: float
-    ) -> None:
+    def save(self, **content: Any) -> None:
         """A failure is only logged: the file before stays whole, and the next epoch tries again."""
-        values = (state, history, run_id, seconds, self.settings, self.digest)
-        payload: Record = {"format_version": RESUME_FORMAT}
+        payload = {"format_version": RESUME_FORMAT, "settings": self.settings}
         try:
-            save_atomically(payload | dict(zip(self.KEYS, values, strict=True)), self.path)
+            save_atomically(payload | {"digest": self.digest} | content, self.path)
         except UserError as error:
             log(f"{error}; training goes on, the next epoch tries again")
 
@@ -1802,7 +1777,11 @@ class MlflowTracker(Tracker):
         """Sends what is pending, in order, until one fails or time is up."""
         deadline = time.monotonic() + TRACKING_PATIENCE
         try:
-            self.check_database()
+            if (
+                self.database
+            ):  # MLflow would try a locked one for 20 s, one that is no file for 103 s
+                with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
             while self.pending:
                 store, content = self.pending[0]
                 store(**content)
@@ -1815,12 +1794,6 @@ class MlflowTracker(Tracker):
                 log(f"{problem}; the work goes on, each epoch tries again")
             self.warned = True
 
-    def check_database(self) -> None:
-        """Raises within 5 s where MLflow would try for 20 s (locked) or 103 s (not writable)."""
-        if self.database:
-            with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-
     def store_start(self, when: int) -> None:
         """Finds or makes the experiment, then continues the run `run_id` or makes a new one."""
         with contextlib.ExitStack() as stack:
@@ -1829,7 +1802,11 @@ class MlflowTracker(Tracker):
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
             self.client = self.mlflow.MlflowClient()  # creates them
             self.experiment_id = self.find_experiment()
-        run = self.find_run() or self.create_run(when)
+        if not (run := self.find_run()):
+            tags = self.mlflow.tracking.context.registry.resolve_tags()  # user, script, git commit
+            if self.parent and self.parent.run_id:
+                tags["mlflow.parentRunId"] = self.parent.run_id
+            run = self.client.create_run(self.experiment_id, when, tags, self.config.run_name)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.known_params = run.data.params
         view = f"mlflow.sharedViewState.{self.config.run.mode}"
@@ -1871,12 +1848,6 @@ class MlflowTracker(Tracker):
             if METRIC_NAMES["train_seconds"] in run.data.metrics:
                 self.known_steps.add(0)
         return run
-
-    def create_run(self, when: int) -> Any:
-        tags = self.mlflow.tracking.context.registry.resolve_tags()  # user, script, git commit
-        if self.parent and self.parent.run_id:
-            tags["mlflow.parentRunId"] = self.parent.run_id
-        return self.client.create_run(self.experiment_id, when, tags, self.config.run_name)
 
     def shared_view(self) -> str:
         """MLflow's saved view, undocumented (3.17): the runs table with the columns that matter."""
@@ -2100,12 +2071,9 @@ class Muon(torch.optim.Optimizer):
         """
         ratio = batch / REFERENCE_BATCH
         slow = 1 - (1 - recipe.momentum) / HEAD_MEMORY
-        lr, sgd = cast(float, recipe.lr), ratio * (1 - slow**ratio) / (1 - slow)
-        rates = {
-            "filters": lr * ratio,
-            "head": lr * HEAD_RATE * sgd,
-            "biases": lr * BIAS_RATE * sgd,
-        }
+        lr = cast(float, recipe.lr) * ratio
+        sgd = lr * (1 - slow**ratio) / (1 - slow)
+        rates = {"filters": lr, "head": HEAD_RATE * sgd, "biases": BIAS_RATE * sgd}
         groups = []
         for name, parameters in model.parameter_groups().items():
             momentum, decay = slow**ratio, recipe.weight_decay * ratio / rates[name]
@@ -2372,19 +2340,16 @@ def evaluate(
 # Prediction: pictures in, answers out, from a model that is loaded once. Knows no training.
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one picture, or the `error` that kept it from being read.
-
-    `milliseconds` is its share of its batch's time, `views` what the network saw, uint8 (3, S, S).
-    """
+    """The answer for one picture, or the `error` that kept it from being read."""
 
     image: Any
     label: str | None = None
     confidence: float | None = None
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
-    milliseconds: float = 0.0
+    milliseconds: float = 0.0  # its share of its batch's time
     animated: bool = False
-    views: tuple[Tensor, ...] = field(default=(), repr=False)
+    views: tuple[Tensor, ...] = field(default=(), repr=False)  # that the network saw, (3, S, S)
 
     def line(self) -> str:
         """Label, confidence, a bar, the next classes."""
@@ -2451,13 +2416,11 @@ class Predictor:
         with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
             loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
             while chunk:
-                batch, following = (
-                    list(loading),
-                    list(itertools.islice(remaining, PREDICTION_BATCH)),
-                )
-                loading = pool.map(load, following)
+                batch = list(loading)
+                chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
+                loading = pool.map(load, chunk)
                 best = self.answer(batch, tta).topk(min(top_k, len(names)))
-                milliseconds = 1000 * (time.perf_counter() - started) / len(chunk)
+                milliseconds = 1000 * (time.perf_counter() - started) / len(batch)
                 started = time.perf_counter()
                 rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
                 for picture, values, indices in rows:
@@ -2466,42 +2429,33 @@ class Predictor:
                         continue
                     top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
                     label = names[indices[0]] if values[0] >= threshold else "unknown"
-                    yield replace(
-                        picture,
-                        label=label,
-                        confidence=values[0],
-                        top=top,
-                        milliseconds=milliseconds,
-                    )
-                chunk = following
+                    answer = replace(picture, label=label, confidence=values[0], top=top)
+                    yield replace(answer, milliseconds=milliseconds)
 
 
-_predictor_lock = threading.Lock()
-
-
-@functools.lru_cache(maxsize=1)
-def load_predictor(
-    path: Path, _stamp: tuple[int, ...], device: str, amp: bool | None, compile: bool | None
-) -> Predictor:
-    """The global cache: one predictor, until its path, its file (`_stamp`) or an option changes."""
-    target = pick_device(device)
-    runtime = Runtime(target, *pick_amp_dtype(target, amp))
-    saved = load_model(path)
-    wanted = pick_compile(compile, target, one_off=False)
-    net, _ = accelerate(saved.model, runtime, wanted, NO_IMAGES.images.new_zeros(1, 3, 32, 32))
-    return Predictor(net, saved, runtime)
+_predictors: dict[tuple, Predictor] = {}  # the global cache, of the one that was asked for last
+_predictors_lock = threading.Lock()
 
 
 def cached_model(
     path: str | Path, device: str = "auto", amp: bool | None = None, compile: bool | None = None
 ) -> Predictor:
-    """The predictor of a model file; reads the file only if it was not the last one asked for."""
-    path, stamp = Path(path).absolute(), cast(tuple[int, ...], ())
+    """The predictor of a model file; the last one, unless path, file or an option has changed."""
+    path, stamp = Path(path).absolute(), cast(tuple, ())
     with contextlib.suppress(OSError):  # load_model has the words for it
         status = path.stat()
         stamp = status.st_mtime_ns, status.st_size, status.st_ino
-    with _predictor_lock:  # threads that come at once wait for one load
-        return load_predictor(path, stamp, device, amp, compile)
+    key = path, stamp, device, amp, compile
+    with _predictors_lock:  # threads that come at once wait for one load
+        if key not in _predictors:
+            target = pick_device(device)
+            runtime = Runtime(target, *pick_amp_dtype(target, amp))
+            saved, wanted = load_model(path), pick_compile(compile, target, one_off=False)
+            example = NO_IMAGES.images.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+            net, _ = accelerate(saved.model, runtime, wanted, example)
+            _predictors.clear()
+            _predictors[key] = Predictor(net, saved, runtime)
+        return _predictors[key]
 
 
 def predict(
@@ -2531,9 +2485,7 @@ def served_model() -> Any:
     from mlflow.pyfunc import PythonModel
 
     class ServedModel(PythonModel):
-        def predict(
-            self, context: Any, model_input: list[str], params: Record | None = None
-        ) -> list:
+        def predict(self, context: Any, model_input: list[str], params: Any = None) -> list:
             try:
                 encoded = [text.rpartition(",")[2] for text in model_input]  # also of data URLs
                 pictures = [base64.b64decode(text, validate=True) for text in encoded]
@@ -2686,19 +2638,17 @@ def train_seed(
         history, began = saved["history"], began - saved["seconds"]
         log(f"continuing after epoch {state.epoch} of {epochs}")
     with open_tracker(config, runtime, saved and saved["run_id"], parent) as tracker:
-
-        def save_progress() -> None:
-            if keep:
-                seconds = time.perf_counter() - began
-                resume.save(state.state_dict(), history, tracker.run_id, seconds)
-
         log(ANNOUNCEMENT.format(**training.resolved))
         tracker.log_settings(training.resolved, data)
         for step, record in enumerate(history, 1):  # what a kill kept from the tracker
             tracker.log_metrics(record, step)
-        save_progress()
         emit({}, EPOCH_HEADING.format(name), config, runtime)
-        while state.epoch < epochs:
+        while True:
+            if keep:
+                done = {"state": state.state_dict(), "history": history, "run_id": tracker.run_id}
+                resume.save(**done, seconds=time.perf_counter() - began)
+            if state.epoch == epochs:
+                break
             record, evaluation = training.run_epoch()
             history.append(record)
             mean = statistics.mean(each["seconds"] for each in history)
@@ -2706,7 +2656,6 @@ def train_seed(
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"peak_memory_so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)
-            save_progress()
         evaluation = evaluation or training.evaluate()  # stopped just before
         took = duration(sum(each["seconds"] for each in history))
         result = evaluation.record(name) | {
@@ -2796,25 +2745,23 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
         known = ", ".join(saved.class_names)
         raise UserError(f"{config.model_path} knows other classes than {data.name}: {known}")
     if config.data.holdout and data.train.digest != saved.train_digest:
-        raise UserError(
-            f"--holdout {config.data.holdout}: {config.model_path} was not trained on the "
-            f"{len(data.train)} images that this leaves, so it may have seen those held out"
+        other = (
+            f"{config.model_path} was not trained on the {len(data.train)} images that it leaves"
         )
+        raise UserError(f"--holdout {config.data.holdout}: {other}")
     data = replace(data, flip=saved.flip)
     images, name, tta = data.evaluation.images, data.evaluation_name, config.prediction.tta
     wanted = pick_compile(config.run.compile, runtime.device, one_off=True)
     net, report = accelerate(saved.model, runtime, wanted, images[:EVALUATION_BATCH])
-    resolved = resolved_settings(runtime, loader_options(0, runtime), report, data)
+    resolved = resolved_settings(runtime, {}, report, data)
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(resolved, data)
         found = evaluate(net, data, runtime, tta, saved.temperature, fit=False)
         result, text = found.record(name), found.headline(name)
         tracker.log_metrics(result | {"evaluation_seconds": found.seconds})
         tracker.log_outcome(f"**{text}**", found.files(data.class_names))
-    lines = [
-        f"{text}, loss {found.loss:.4f}, calibration error {percent(found.ece)}, {len(images)} "
-        f"images in {found.seconds:.1f} s"
-    ]
+    text += f", loss {found.loss:.4f}, calibration error {percent(found.ece)}"
+    lines = [f"{text}, {len(images)} images in {found.seconds:.1f} s"]
     if data.name not in DATASETS:
         lines.append("These answers are to the letterbox; predict also sees squares of photos.")
     per_class = found.per_class(data.class_names)
@@ -2835,10 +2782,9 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
         elif os.path.exists(pattern):
             yield pattern  # also names with [brackets]
         else:
-            found: dict[str, None] = {}
-            for path in sorted(glob.glob(pattern, recursive=True), key=natural):
-                found |= dict.fromkeys(pictures_below(path) if os.path.isdir(path) else [path])
-            yield from found or [pattern]
+            matches = sorted(glob.glob(pattern, recursive=True), key=natural)
+            found = [pictures_below(path) if os.path.isdir(path) else [path] for path in matches]
+            yield from dict.fromkeys(itertools.chain(*found)) or [pattern]
 
 
 def run_predict(config: Config, runtime: Runtime) -> int:
@@ -2884,8 +2830,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Benchmark: each configuration goes through the ordinary training and prediction, in a process of
-# its own.
+# Benchmark: each configuration trains and predicts as usual, in a process of its own.
 OPTIMIZATIONS = ("data_loading", "channels_last", "mixed_precision", "compile")
 MEASURES = {  # title, name in MLflow, images (0: those of an epoch), rounds
     "training": ("Training", "speed/train_img_s", 0, 3),
@@ -2963,7 +2908,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
                     normalise(images, model.pixel_mean, model.pixel_std)  # type: ignore[arg-type]
 
         def uncached() -> None:
-            load_predictor.cache_clear()
+            _predictors.clear()
             fresh = cached_model(file, str(device), amp, compile=False)
             list(fresh.predict([photo], tta=False))
 
@@ -3186,12 +3131,7 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Main
-MODES = {
-    "train": run_train,
-    "evaluate": run_evaluate,
-    "predict": run_predict,
-    "benchmark": run_benchmark,
-}
+MODES = {run.__name__[4:]: run for run in (run_train, run_evaluate, run_predict, run_benchmark)}
 
 
 def explain(error: Exception, config: Config) -> str | None:

@@ -139,7 +139,7 @@ def refusal(capsys, mode, path):
         (write_evil_legacy, "damaged or another program"),
         (write_state_dict, "no file of this program"),
         (write_other_keys, "damaged: it lacks model"),
-        (write_future, "format 99"),
+        (write_future, "another edition"),
         (write_no_version, "no file of this program"),
     ],
     ids=[
@@ -307,10 +307,10 @@ def test_flipped_bits_are_found(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_byte_truncated_and_flipped(small, tmp_path):
+def test_every_third_byte_truncated_and_flipped(small, tmp_path):
     content = small.read_bytes()
     good = outcome(tmp_path / "good.pth", content)
-    for position in range(len(content)):
+    for position in range(0, len(content), 3):
         assert outcome(tmp_path / "short.pth", content[:position]) == "refused"
         found = outcome(tmp_path / "flipped.pth", flipped(content, position, position % 8))
         assert found in ("refused", good)

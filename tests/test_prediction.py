@@ -31,7 +31,7 @@ from conftest import bomb, encoded, noise, rows, run
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    classifier.load_predictor.cache_clear()
+    classifier._predictors.clear()
 
 
 @pytest.fixture

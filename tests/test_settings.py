@@ -175,7 +175,7 @@ def test_auto_means_unset():
 
 @pytest.mark.parametrize(
     "words,rate",
-    [("", 0.0192), ("--init-from a.pth", 0.006), ("--init-from a.pth --lr 0.5", 0.5)],
+    [("", 0.0192), ("--init-from a.pth", 0.015), ("--init-from a.pth --lr 0.5", 0.5)],
 )
 def test_auto_rate(words, rate):
     config = parse_config(words.split())
