@@ -203,6 +203,10 @@ class RecipeSettings:
         lr = self.lr or (0.015 if init_from else 0.0192)
         return replace(self, lr=lr, flip=flip if self.flip is None else self.flip)
 
+    def image_size(self, done: float) -> int:
+        """Side of the images: small for 0.3 of the updates, between up to 0.6, then whole."""
+        return self.start_size + (IMAGE_SIZE - self.start_size) * min(int(done / 0.3), 2) // 2
+
 
 @dataclass(frozen=True)
 class Config:
@@ -1374,6 +1378,17 @@ class ImageBatches(Dataset):
         chosen = self.split.take(torch.from_numpy(indices))
         return Batch(chosen.images.numpy(), chosen.labels.numpy(), indices)
 
+    @staticmethod
+    def start_worker(_worker: int) -> None:
+        """Workers ignore Ctrl-C, which the main process answers, and exit when that one dies."""
+
+        def exit_with_parent() -> None:
+            cast(Any, multiprocessing.parent_process()).join()
+            os._exit(1)
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=exit_with_parent, daemon=True).start()
+
 
 def epoch_generator(
     seed: int, epoch: int, rank: int = 0, device: torch.device | str = "cpu"
@@ -1408,17 +1423,6 @@ class BatchSampler(Sampler):
         yield from map(Tensor.numpy, mine.split(self.batch_size))
 
 
-def start_worker(_worker: int) -> None:
-    """Workers ignore Ctrl-C, which the main process answers, and exit when that process dies."""
-
-    def exit_with_parent() -> None:
-        cast(Any, multiprocessing.parent_process()).join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
 def loader_options(num_workers: int | None, runtime: Runtime) -> Record:
     """DataLoader keywords: one worker per CPU (at most 8, divided over the local processes)."""
     if num_workers is None:
@@ -1436,7 +1440,7 @@ def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLo
     """The loader of whole batches, so that there is nothing to collate."""
     batches: Any = ImageBatches(split)
     return DataLoader(
-        batches, sampler=sampler, batch_size=None, worker_init_fn=start_worker, **options
+        batches, sampler=sampler, batch_size=None, worker_init_fn=batches.start_worker, **options
     )
 
 
@@ -1495,11 +1499,6 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
     return images
 
 
-def image_size(progress: float, start_size: int) -> int:
-    """Side of the training images: small for 0.3 of the updates, between up to 0.6, then whole."""
-    return start_size + (IMAGE_SIZE - start_size) * min(int(progress / 0.3), 2) // 2
-
-
 def augment(
     batch: list[Tensor], epoch: int, size: int, recipe: RecipeSettings, generators: list
 ) -> Tensor:
@@ -1524,6 +1523,22 @@ class SavedModel(NamedTuple):
     temperature: float
     settings: Record
     train_digest: str  # of the images it was trained on
+
+    def as_trained(self, config: Config) -> Config:
+        """`config` with the model's data and recipe, so that evaluate repeats train's figures."""
+        asked, then = config.data.dataset, self.settings
+        if asked in DATASETS and asked != self.dataset:
+            raise UserError(f"--dataset {asked}: {config.model_path} was trained on {self.dataset}")
+        parts: Record = {}
+        for name, part in {"train": TrainSettings, "recipe": RecipeSettings}.items():
+            known = [each.name for each in fields(part) if each.name in then]
+            parts[name] = part(**{each: then[each] for each in known})
+        if config.run.amp is None:
+            parts["run"] = replace(config.run, amp=then.get("amp"))
+        parts["data"] = replace(config.data, dataset=asked or self.dataset)
+        if config.data.limit_images is None:
+            parts["data"] = replace(parts["data"], limit_images=then.get("limit_images"))
+        return replace(config, **parts)
 
 
 def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
@@ -2203,7 +2218,7 @@ def train_epoch(
     state.replica.train()
     for batch, weight, closes in accumulation_windows(meter.timed(batches), count, steps):
         batch = runtime.move(*batch)
-        size, labels = image_size(state.progress, recipe.start_size), batch[1]
+        size, labels = recipe.image_size(state.progress), batch[1]
         images = augment(batch, epoch, size, recipe, generators)
         with no_sync(state.replica, skip=not closes):
             with runtime.autocast():
@@ -2523,17 +2538,6 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
         print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
 
 
-def epoch_row(record: Record, name: str, left: float) -> str:
-    """A line of the epoch table, with `left` seconds left."""
-    evaluated = " " * 25
-    if f"{name}_loss" in record:
-        evaluated = f"{record[f'{name}_loss']:12.4f}  {record[f'{name}_accuracy']:11.2%}"
-    return (
-        "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
-        "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
-    ).format(**record, evaluated=evaluated, left=duration(left))
-
-
 class Training:
     """One seed's network, optimizer and loader, built from the settings; nothing trained yet."""
 
@@ -2607,6 +2611,16 @@ class Training:
         record |= {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}
         return record, evaluation
 
+    def row(self, record: Record, left: float) -> str:
+        """A line of the epoch table, with `left` seconds left."""
+        evaluated, name = " " * 25, self.data.evaluation_name
+        if f"{name}_loss" in record:
+            evaluated = f"{record[f'{name}_loss']:12.4f}  {record[f'{name}_accuracy']:11.2%}"
+        return (
+            "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
+            "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
+        ).format(**record, evaluated=evaluated, left=duration(left))
+
     def save(self, temperature: float, result: Record) -> Path:
         """The model's file, in a temporary folder if its own path became unwritable."""
         config, path = replace(self.config, recipe=self.recipe), self.config.model_path
@@ -2652,7 +2666,7 @@ def train_seed(
             record, evaluation = training.run_epoch()
             history.append(record)
             mean = statistics.mean(each["seconds"] for each in history)
-            row = epoch_row(record, name, (epochs - state.epoch) * mean)
+            row = training.row(record, (epochs - state.epoch) * mean)
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"peak_memory_so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)
@@ -2716,28 +2730,11 @@ def run_train(config: Config, runtime: Runtime) -> int:
     return 0 if results[0]["model_path"] in (str(path), None) else 1  # None: not the main process
 
 
-def as_trained(config: Config, saved: SavedModel) -> Config:
-    """`config` with the model's own data and recipe, so that evaluate repeats train's figures."""
-    asked, then = config.data.dataset, saved.settings
-    if asked in DATASETS and asked != saved.dataset:
-        raise UserError(f"--dataset {asked}: {config.model_path} was trained on {saved.dataset}")
-    parts: Record = {}
-    for name, part in {"train": TrainSettings, "recipe": RecipeSettings}.items():
-        known = [each.name for each in fields(part) if each.name in then]
-        parts[name] = part(**{each: then[each] for each in known})
-    if config.run.amp is None:
-        parts["run"] = replace(config.run, amp=then.get("amp"))
-    parts["data"] = replace(config.data, dataset=asked or saved.dataset)
-    if config.data.limit_images is None:
-        parts["data"] = replace(parts["data"], limit_images=then.get("limit_images"))
-    return replace(config, **parts)
-
-
 def run_evaluate(config: Config, runtime: Runtime) -> int:
     """Accuracy, loss, calibration and classes of a saved model on the test or held-out images."""
     log(command_line(config))
     saved = load_model(config.model_path)
-    config = as_trained(config, saved)
+    config = saved.as_trained(config)
     dtype, reason = pick_amp_dtype(runtime.device, config.run.amp)
     runtime = replace(runtime, amp_dtype=dtype, amp_reason=reason)
     data = load_everywhere(config.data, runtime, training=False)

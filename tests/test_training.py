@@ -29,7 +29,6 @@ from classifier import (
     epoch_generator,
     evaluate,
     fit_temperature,
-    image_size,
     loader_options,
     orthogonalize,
     parse_config,
@@ -207,8 +206,9 @@ def test_muon_keeps_filters_on_their_sphere():
 
 
 def test_sizes_grow():
-    assert [image_size(update / 20, 20) for update in range(20)] == [20] * 6 + [26] * 6 + [32] * 8
-    assert image_size(0.0, 32) == 32
+    sizes = [RecipeSettings().image_size(update / 20) for update in range(20)]
+    assert sizes == [20] * 6 + [26] * 6 + [32] * 8
+    assert RecipeSettings(start_size=32).image_size(0.0) == 32
 
 
 @pytest.mark.parametrize("count,batch_size", [(20, 128), (50, 16)])
