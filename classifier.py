@@ -811,13 +811,13 @@ def shifted_views(images: Tensor, flip: bool) -> Tensor:
 
 def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
     """Float32 logits (V, N, classes) of all views, given as tensors (v, N, 3, S, S) of one size."""
-    logits, count = [], 0
+    logits, count, images = [], 0, 0
     for group in views:
-        count = group.shape[1]
+        count, images = count + len(group), group.shape[1]
         # Few images: all views in one call. More than fit the caches would take longer.
-        for piece in group.flatten(0, 1).split(max(count, PREDICTION_BATCH)):
+        for piece in group.flatten(0, 1).split(max(images, PREDICTION_BATCH)):
             logits.append(net(piece).float())
-    return torch.cat(logits).unflatten(0, (-1, count))
+    return torch.cat(logits).unflatten(0, (count, images))
 
 
 # --------------------------------------------------------------------------------------------------

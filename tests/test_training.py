@@ -444,6 +444,12 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
     assert found.per_class(tuple("abcd"))["b"] == pytest.approx(expected[1, 1] / 24)
 
 
+def test_a_process_may_have_no_image_to_evaluate(model):
+    for views in (1, 6):
+        empty = torch.empty(views, 0, 3, 32, 32, dtype=torch.uint8)
+        assert view_logits(model.eval(), [empty]).shape == (views, 0, 4)
+
+
 def test_processes_evaluate_each_image_once(split, model, cpu, monkeypatch):
     whole = evaluate(model, data_of(split, 4), cpu, False, 1.0, False).confusion
     monkeypatch.setattr(Runtime, "sum", lambda _, tensor: tensor)
