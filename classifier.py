@@ -227,6 +227,10 @@ class Config:
     def resume_path(self) -> Path:
         return Path(f"{self.model_path}.resume")
 
+    @property
+    def resumable(self) -> bool:
+        return self.run.mode == "train" and self.train.repeats == 1
+
     def flat(self) -> Record:
         """Every setting under its own name."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
@@ -1982,7 +1986,8 @@ class MlflowTracker(Tracker):
         self.add(self.store_status, status=status)
         self.flush()
         if self.pending:
-            log(f"MLflow did not take {len(self.pending)} records; train --resume sends them again")
+            way = "; --resume sends them again" if self.config.resumable and not self.parent else ""
+            log(f"MLflow did not take {len(self.pending)} records{way}")
         if self.pending or self.parent:  # whose end says how to compare
             return
         server, mode = self.uri, self.config.run.mode
@@ -3167,8 +3172,7 @@ def main(argv: list[str] | None = None) -> int:
             return MODES[config.run.mode](config, runtime)
     except Stopped as stopped:
         message = f"stopped by {stopped}"
-        resumable = config.run.mode == "train" and config.train.repeats == 1
-        if resumable and config.resume_path.exists():
+        if config.resumable and config.resume_path.exists():
             message += f"; continue with: {command_line(config, resume=True)}"
         log(message)
         return 128 + stopped.signum
