@@ -187,11 +187,16 @@ class RecipeSettings:
 
     width: int = setting(64, "channels of the first stage", "w", least=1, most=4096)
     lr: float | None = setting(
-        None, "peak rate (auto: 0.0192; 0.015 with --init-from)", "lr", above=0.0, most=1e6
+        None,
+        f"peak rate of the convolutions at batch {REFERENCE_BATCH}; head and biases follow in "
+        "proportion (auto: 0.0192; 0.015 with --init-from)",
+        "lr",
+        above=0.0,
+        most=1e6,
     )
     momentum: float = setting(0.9367, "momentum at that batch", "m", least=0.0, most=0.9999)
     weight_decay: float = setting(1.7e-3, "of head and biases", "wd", least=0.0, most=1.0)
-    label_smoothing: float = setting(0.2, "share of all classes", "ls", least=0.0, most=0.9)
+    label_smoothing: float = setting(0.2, "spread over all classes", "ls", least=0.0, most=0.9)
     start_size: int = setting(20, "image size at first; 32 from 0.6 on", "px", least=18, most=32)
     flip: bool | None = setting(None, "flip images, in TTA too (auto: not for digits)", "flip")
     shift: int = setting(3, "shift images by up to so many pixels", "shift", least=0, most=16)
@@ -915,9 +920,7 @@ def check_size(image: Any, file: Any) -> None:
 def read_file(file: Any, head: bytes) -> Image.Image:
     """The picture in an open file that starts with `head` as RGB."""
     file.seek(0)
-    if head.startswith(
-        b"\xff\xd8"
-    ):  # not by `open`: that refuses what a phone of 200 megapixels takes
+    if head.startswith(b"\xff\xd8"):  # `open` refuses the photos of phones with 200 megapixels
         image: Any = JpegImagePlugin.JpegImageFile(file)
     else:
         image = Image.open(file, formats=FORMATS)
@@ -1796,9 +1799,7 @@ class MlflowTracker(Tracker):
         """Sends what is pending, in order, until one fails or time is up."""
         deadline = time.monotonic() + TRACKING_PATIENCE
         try:
-            if (
-                self.database
-            ):  # MLflow would try a locked one for 20 s, one that is no file for 103 s
+            if self.database:  # MLflow tries a locked one for 20 s, a read-only one for 103 s
                 with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
                     connection.execute("BEGIN IMMEDIATE")
             while self.pending:
@@ -3142,7 +3143,7 @@ def explain(error: Exception, config: Config) -> str | None:
     match error:
         case UserError():
             return redact(str(error))
-        case ImportError():
+        case ModuleNotFoundError():
             return f"{error}: pip install -r requirements.txt"
         case torch.OutOfMemoryError():
             half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
