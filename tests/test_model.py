@@ -68,8 +68,8 @@ def test_statistics_are_those_of_the_pixels(images):
 def filtered(images):
     """What the stem's filters give: (24, answers)."""
     found = pixel_statistics(images)
-    normalised = (images / 255 - found[0].view(3, 1, 1)) / found[1].view(3, 1, 1)
-    return F.conv2d(normalised, found[2]).transpose(0, 1).flatten(1)
+    normalized = (images / 255 - found[0].view(3, 1, 1)) / found[1].view(3, 1, 1)
+    return F.conv2d(normalized, found[2]).transpose(0, 1).flatten(1)
 
 
 def test_whitened_patches_are_uncorrelated(images):

@@ -447,7 +447,7 @@ def test_benchmark_table(measured_benchmark):
         "| combined | 2.00x (100/s) | 2.00x (100/s) | 2.00x (1000.0 ms) | 2.00x (1000.0 ms) "
         "| 2.00x (1000.0 ms) | 2.00x (64/s) | 0.50x (100 MB) |"
     )
-    assert "differs from the first by up to 10.00 %" in last
+    assert "differs from the first by up to 10.00%" in last
     assert "FAILED: predict." in last and "--mode benchmark --width 16`" in last
     measured_benchmark.checks.pop()
     assert measured_benchmark.table().endswith("Self-checks: all passed.")

@@ -20,7 +20,7 @@ GRAY = (128, 128, 128)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 60), st.booleans())
-def test_any_size_becomes_32x32_with_centred_bars(long, short, tall):
+def test_any_size_becomes_32x32_with_centered_bars(long, short, tall):
     size = (short, long) if tall else (long, short)
     pixels = np.asarray(letterbox(Image.new("RGB", size, (255, 0, 0))))
     assert pixels.shape == (32, 32, 3)

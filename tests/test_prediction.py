@@ -138,7 +138,7 @@ def softened(image):
     return whole
 
 
-def test_photos_are_answered_by_the_mean_over_letterbox_and_centre_squares(saved):
+def test_photos_are_answered_by_the_mean_over_letterbox_and_center_squares(saved):
     photo = Image.open(io.BytesIO(encoded(noise(200, 100))))
     predictor = cached_model(saved(flip=True))
     views = [
@@ -345,7 +345,7 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(trained, album, capsy
 def test_text_rows(unsure, album, capsys):
     code, out, err = predicted(capsys, unsure, "--image", album / "a.png", "--threshold", 0.9)
     assert code == 0 and err == ""
-    pattern = r"(.*): (\w+)  (.*) %  (\S+)  \((.*)\)\n"
+    pattern = r"(.*): (\w+)  (.*)%  (\S+)  \((.*)\)\n"
     name, label, share, bar, others = re.fullmatch(pattern, out).groups()
     assert (name, label) == (f"{album}/a.png", "unknown")
     assert bar in ("██" + 8 * "░", "█" + 9 * "░") and 9 < float(share) < 25
@@ -356,7 +356,7 @@ def test_a_summary_of_several(trained, album, capsys):
     (album / "cut.png").write_bytes(encoded(noise(64, 64))[:900])
     _, out, err = predicted(capsys, trained, "--image", album)
     assert len(out.splitlines()) == 4
-    summary = r"5 pictures in \d+\.\d s, \d+ a second; 1 could not be read"
+    summary = r"5 pictures in \d+\.\d s, \d+ per second; 1 could not be read"
     assert re.fullmatch(summary, err.splitlines()[-1])
 
 
@@ -383,7 +383,7 @@ def test_what_the_network_saw_is_written(trained, album, tmp_path, capsys):
     noise(60, 60).save(long)
     code, _, _ = predicted(capsys, trained, "--image", long, "--save-inputs", tmp_path / "long")
     kinds = {path.stem.rpartition("-")[2] for path in (tmp_path / "long").iterdir()}
-    assert code == 0 and kinds == {"letterbox", "square", "centre"}
+    assert code == 0 and kinds == {"letterbox", "square", "center"}
     for used in (folder, album / "a.png", album / "a.png" / "below a file"):
         code, _, err = predicted(capsys, trained, "--image", long, "--save-inputs", used)
         assert code == 1 and "--save-inputs" in err and len(err.splitlines()) == 1
