@@ -52,6 +52,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
@@ -236,6 +237,14 @@ class Config:
     def resumable(self) -> bool:
         return self.run.mode == "train" and self.train.repeats == 1
 
+    def change(self, **changes: Any) -> Config:
+        """The same with other values for some settings."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        for name, part in parts.items():
+            names = {each.name for each in fields(part)} & changes.keys()
+            parts[name] = replace(part, **{each: changes[each] for each in names})
+        return Config(**parts)
+
     def flat(self) -> Record:
         """Every setting under its own name."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
@@ -258,11 +267,10 @@ class Config:
             else:
                 text = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem
                 parts.append(short + text)
-        if parts:
-            parts[0] = parts[0][:18]
-        names = itertools.accumulate(parts, "{} {}".format)
-        fitting = max((name for name in names if len(name) <= 18), key=len, default="default")
-        return self.tracking.run_name or fitting
+        name = " ".join(parts)[:19]
+        if len(name) > 18:
+            name = name.rpartition(" ")[0] or name[:18]
+        return self.tracking.run_name or name or "default"
 
 
 def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
@@ -336,11 +344,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     if given.get("resume") and given.get("repeats", 1) > 1:
         parser.error("argument --resume: not allowed with --repeats")
     given |= {name: tuple(given[name]) for name in ("image", "data_url") if name in given}
-    chosen = {}
-    for name, part in parts.items():
-        names = [each.name for each in fields(part) if each.name in given]
-        chosen[name] = part(**{each: given[each] for each in names})
-    return Config(**chosen)
+    return Config().change(**given)
 
 
 def redact(text: str) -> str:
@@ -385,20 +389,15 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def is_rank_zero() -> bool:
-    """Whether this process prints: the only one, or rank 0 under torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def log(message: str) -> None:
-    """Prints a human-readable line on stderr."""
-    if is_rank_zero():
+    """Prints a human-readable line on stderr, in the main process only."""
+    if os.environ.get("RANK", "0") == "0":
         print(redact(message), file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """`items`, with a progress bar on a terminal."""
-    off = None if is_rank_zero() else True  # None: off unless stderr is a terminal
+    off = os.environ.get("RANK", "0") != "0" or None  # None: off unless stderr is a terminal
     return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=off)
 
 
@@ -590,15 +589,6 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def pick_compile(compile: bool | None, device: torch.device, one_off: bool) -> tuple[bool, str]:
-    """Whether to compile, and why; `one_off` work is too short for compiling to pay off."""
-    if compile is not None:
-        return compile, "--compile" if compile else "--no-compile"
-    if one_off:
-        return False, "not worth it for a single pass"
-    return device.type == "cuda", "CUDA" if device.type == "cuda" else "not worth it on a CPU"
-
-
 class CompileReport(NamedTuple):
     """The outcome of torch.compile."""
 
@@ -608,7 +598,7 @@ class CompileReport(NamedTuple):
 
 
 def accelerate(
-    model: nn.Module, runtime: Runtime, compile: tuple[bool, str], example: Tensor
+    model: nn.Module, runtime: Runtime, compile: bool | None, example: Tensor
 ) -> tuple[nn.Module, CompileReport]:
     """A callable that shares `model`'s weights: on the device, and compiled if that works.
 
@@ -620,8 +610,11 @@ def accelerate(
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(runtime.amp_dtype)
-    wanted, reason = compile
-    if not wanted:
+    reason = "as asked" if compile else "--no-compile, or a single pass"
+    if compile is None:
+        compile = runtime.device.type == "cuda"
+        reason = "auto: on for CUDA only"
+    if not compile:
         return model, CompileReport(False, reason)
     before, started = copy.deepcopy(model.state_dict()), time.perf_counter()
     # Training has three shapes, each compiled in 8 s; one dynamic graph took 35 s or more.
@@ -1149,13 +1142,9 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
                     log(f"{tarball} is damaged: its md5 differs")
                 tarball = Path(scratch, CIFAR10.filename)
                 fetch_tarball(settings.data_url, tarball)
-            extract_archive(str(tarball), scratch)
-            data = read(scratch)
-            if writable:
-                folder.mkdir(exist_ok=True)
-                for file in Path(scratch, CIFAR10.base_folder).iterdir():
-                    os.replace(file, folder / file.name)
-        return data
+            place = data_dir if writable else scratch
+            extract_archive(str(tarball), str(place))
+            return read(place)
 
 
 def load_digits() -> ImageData:
@@ -1205,7 +1194,7 @@ class PictureFolder:
         classes: dict[str, list[str]] = {}
         _, names, _ = next(os.walk(folder), ("", [], []))  # empty if it cannot be read
         for path in sorted((os.path.join(folder, name) for name in names), key=natural):
-            if os.path.basename(path).startswith("."):
+            if os.path.basename(path).startswith((".", "mlartifacts")):  # hidden, or MLflow's
                 continue
             # JSON and MLflow want UTF-8.
             name = os.path.basename(path).encode("utf-8", "backslashreplace").decode()
@@ -1221,14 +1210,13 @@ class PictureFolder:
 
         A hash of the file name decides, so pictures added later rarely move the others.
         """
-        draws = {}
-        for path in paths:
+
+        def draw(path: str) -> bytes:
             name = os.fsencode(os.path.relpath(path, root))
-            drawn = hashlib.sha256(b"%d/" % SPLIT_SEED + name).hexdigest()[:8]
-            draws[path] = int(drawn, 16) / 2**32
-        order = sorted(paths, key=draws.__getitem__)
-        count = sum(draw < 0.1 for draw in draws.values())
-        count = min(max(1, count), len(paths) - 1)
+            return hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()
+
+        order, tenth = sorted(paths, key=draw), bytes.fromhex("1999999a")
+        count = min(max(1, sum(draw(path) < tenth for path in paths)), len(paths) - 1)
         return order[count:], order[:count]
 
     def find_splits(self) -> dict[str, dict[str, list[str]]]:
@@ -1296,11 +1284,8 @@ class PictureFolder:
 
     def load_split(self, classes: dict[str, list[str]], names: list[str], part: str) -> Split:
         """The readable pictures of `part`, labeled with the index of their class in `names`."""
-        paths: list[str] = []
-        labels: list[int] = []
-        for name, pictures in classes.items():
-            paths += pictures
-            labels += [names.index(name)] * len(pictures)
+        paths = [path for pictures in classes.values() for path in pictures]
+        labels = [names.index(name) for name, pictures in classes.items() for _ in pictures]
         images, errors = self.read(paths, part)
         for number, reason in sorted(errors.items()):
             log(f"{paths[number]}: {reason}")
@@ -1351,9 +1336,10 @@ def load_data(settings: DataSettings, training: bool = True) -> ImageData:
 
 def load_everywhere(settings: DataSettings, runtime: Runtime, training: bool = True) -> ImageData:
     """The data set in every process; UserError if a machine's differs from the main process's."""
-    data = load_data(settings, training)
-    digests = data.train.digest, data.evaluation.digest
-    if runtime.from_main(digests) != digests:
+    first = load_data(settings, training) if runtime.rank == 0 else None  # the one that reports
+    expected = runtime.from_main(first and (first.train.digest, first.evaluation.digest))
+    data = first or load_data(settings, training)
+    if (data.train.digest, data.evaluation.digest) != expected:
         raise UserError(f"{platform.node()} has different images from the main process: check it")
     return data
 
@@ -1397,9 +1383,7 @@ class ImageBatches(Dataset):
         threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def epoch_generator(
-    seed: int, epoch: int, rank: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def epoch_generator(seed: int, epoch: int, rank: int = 0, device: Any = "cpu") -> torch.Generator:
     """A generator seeded by these arguments alone, so a resumed run draws the same numbers."""
     drawn = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
@@ -1536,19 +1520,13 @@ class SavedModel(NamedTuple):
         asked, then = config.data.dataset, self.settings
         if asked in DATASETS and asked != self.dataset:
             raise UserError(f"--dataset {asked}: {config.model_path} was trained on {self.dataset}")
-        parts: Record = {}
-        for name, part in {"train": TrainSettings, "recipe": RecipeSettings}.items():
-            known = [each.name for each in fields(part) if each.name in then]
-            parts[name] = part(**{each: then[each] for each in known})
-        if config.run.amp is None:
-            parts["run"] = replace(config.run, amp=then.get("amp"))
-        parts["data"] = replace(config.data, dataset=asked or self.dataset)
-        if config.data.limit_images is None:
-            parts["data"] = replace(parts["data"], limit_images=then.get("limit_images"))
-        return replace(config, **parts)
+        names = [each.name for part in (TrainSettings, RecipeSettings) for each in fields(part)]
+        names += [name for name in ("amp", "limit_images") if config.flat()[name] is None]
+        changes = {name: then[name] for name in names if name in then}
+        return config.change(**changes, dataset=asked or self.dataset)
 
 
-def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
+def load_checked(path: Path, version: int) -> Record:
     """The dict in `path`; UserError if it is missing, damaged, foreign or tries to run code."""
     try:
         content = Path(path).read_bytes()
@@ -1564,8 +1542,6 @@ def load_checked(path: Path, version: int, keys: Iterable[str]) -> Record:
         raise UserError(f"{path} is not a file of this program")
     if payload["format_version"] != version:
         raise UserError(f"{path} was written by another version: train again")
-    if missing := [key for key in keys if key not in payload]:
-        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return payload
 
 
@@ -1592,31 +1568,25 @@ def save_model(
     save_atomically(payload, path)
 
 
-def check_model(saved: Record) -> None:
-    """Raises ValueError if a model file holds values that this program never writes."""
-    facts = {
-        "class names": {type(name) for name in saved["class_names"]} == {str},
-        "the model's flip": isinstance(saved["flip"], bool),
-        "data set": isinstance(saved["dataset"], str),
-        "temperature": 0.01 <= saved["temperature"] <= 100,
-    }
-    for part in get_type_hints(Config).values():
-        hints = get_type_hints(part)
-        for each in fields(part):
-            value = (saved["settings"] | saved["model"]).get(each.name)
-            if value is not None and not isinstance(each.default, tuple):
-                facts[each.name] = isinstance(value, hints[each.name])
-                check_limits(value, each.metadata)
-    if wrong := [name for name, right in facts.items() if not right]:
-        raise ValueError(f"invalid {', '.join(wrong)}")
-
-
 def load_model(path: Path) -> SavedModel:
     """The network of a model file, in eval mode; needs no flags."""
-    keys = ("class_names", "dataset", "flip", "temperature", "settings", "train_digest")
-    saved = load_checked(path, MODEL_FORMAT, ("weights", "model", *keys))
+    saved = load_checked(path, MODEL_FORMAT)
     try:
-        check_model(saved)
+        facts = {
+            "class names": {type(name) for name in saved["class_names"]} == {str},
+            "the model's flip": isinstance(saved["flip"], bool),
+            "data set": isinstance(saved["dataset"], str),
+            "temperature": 0.01 <= saved["temperature"] <= 100,
+        }
+        for part in get_type_hints(Config).values():
+            hints = get_type_hints(part)
+            for each in fields(part):
+                value = (saved["settings"] | saved["model"]).get(each.name)
+                if value is not None and not isinstance(each.default, tuple):
+                    facts[each.name] = isinstance(value, hints[each.name])
+                    check_limits(value, each.metadata)
+        if wrong := [name for name, right in facts.items() if not right]:
+            raise ValueError(f"invalid {', '.join(wrong)}")
         with torch.device("meta"):  # takes no memory, whatever size the file claims
             model = CifarNet(saved["model"]["width"], len(saved["class_names"]))
         for name, wanted in model.state_dict().items():
@@ -1626,9 +1596,13 @@ def load_model(path: Path) -> SavedModel:
             if not right or stored < tensor.nbytes or not tensor.isfinite().all():
                 raise ValueError(f"invalid {name}")
         model.load_state_dict(saved["weights"], assign=True)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        keys = ("dataset", "flip", "temperature", "settings", "train_digest")
+        known = [saved[key] for key in keys]
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it lacks {error}") from None
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
-    return SavedModel(model.eval(), tuple(saved["class_names"]), *(saved[key] for key in keys[1:]))
+    return SavedModel(model.eval(), tuple(saved["class_names"]), *known)
 
 
 @contextlib.contextmanager
@@ -1649,8 +1623,6 @@ def reserve_model_path(path: Path) -> Iterator[None]:
 
 class ResumeFile:
     """The resume file of a model path: the complete state after a run's last finished epoch."""
-
-    KEYS = ("settings", "digest", "state", "history", "run_id", "seconds")
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.path, self.digest = config.resume_path, data.train.digest
@@ -1680,7 +1652,7 @@ class ResumeFile:
             return None
         otherwise = "train without --resume to start again"
         try:
-            saved = load_checked(self.path, RESUME_FORMAT, self.KEYS)
+            saved = load_checked(self.path, RESUME_FORMAT)
         except UserError as error:
             raise UserError(f"--resume: {error}; {otherwise}") from None
         changed = [] if saved["digest"] == self.digest else ["different training images"]
@@ -1697,7 +1669,7 @@ class ResumeFile:
         if not self.path.exists():
             return
         with contextlib.suppress(UserError):  # a damaged file is kept too
-            if not load_checked(self.path, RESUME_FORMAT, self.KEYS)["history"]:
+            if not load_checked(self.path, RESUME_FORMAT)["history"]:
                 return
         old = self.path.with_name(self.path.name + ".old")
         os.replace(self.path, old)
@@ -1713,7 +1685,6 @@ METRIC_NAMES = {  # of results whose MLflow names are not derived from their key
     "images_per_second": "speed/epoch_img_s",
     "data_wait_seconds": "data/epoch_wait_s",
     "peak_memory_mb": "memory/peak_mb",
-    "peak_memory_so_far_mb": "memory/so_far_mb",
     "train_seconds": "time/train_s",
     "evaluation_seconds": "time/eval_s",
     "total_seconds": "time/total_s",
@@ -1737,7 +1708,6 @@ def resolved_settings(
         "run_dataset": data.name,
         "run_train_images": len(data.train),
         "run_amp_dtype": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
-        "run_amp": runtime.amp_dtype is not None,
         "run_amp_reason": runtime.amp_reason,
         "run_compile": report.active,
         "run_compile_reason": report.reason,
@@ -1758,8 +1728,8 @@ class Tracker:
     pending: list = []
 
     def log_settings(self, resolved: Record, data: ImageData) -> None: ...
-    def log_metrics(self, record: Record, step: int = 0) -> None: ...
-    def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None: ...
+    def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None: ...
+    def log_outcome(self, text: str, files: Files) -> None: ...
     def close(self, status: str) -> None: ...
 
 
@@ -1770,18 +1740,19 @@ class MlflowTracker(Tracker):
     its timeout is below 10 s. A training with pending records keeps its resume file.
     """
 
-    def __init__(
-        self, config: Config, uri: str, run_id: str | None, parent: Tracker | None
-    ) -> None:
+    def __init__(self, config: Config, run_id: str | None, parent: Tracker | None) -> None:
         import mlflow
 
-        self.config, self.uri, self.run_id, self.parent = config, uri, run_id, parent
+        self.config, self.run_id, self.parent = config, run_id, parent
         self.mlflow: Any = mlflow
         self.database: Path | None = None
-        if uri.startswith("sqlite:///"):  # may be percent-encoded and have options
-            place = urllib.parse.unquote(uri.removeprefix("sqlite:///").split("?")[0])
-            self.database = Path(place).absolute()
-        mlflow.set_tracking_uri(uri)
+        environment = os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = config.tracking.tracking_uri or environment or "sqlite:///mlflow.db"
+        if self.uri.startswith("sqlite:///"):  # the printed `mlflow ui` command must work anywhere
+            place = str(Path(self.uri.removeprefix("sqlite:///")).absolute())
+            self.uri = f"sqlite:///{place}"
+            self.database = Path(urllib.parse.unquote(place.split("?")[0]))  # it may have options
+        mlflow.set_tracking_uri(self.uri)
         self.client: Any = None
         self.experiment_id = ""
         self.known_params: dict[str, str] = {}  # of a resumed run
@@ -1789,14 +1760,13 @@ class MlflowTracker(Tracker):
         self.monitor: Any = None
         self.warned = False
         self.pending: list[tuple[Callable[..., None], Record]] = []
-        self.add(self.store_start)
+        self.send(self.store_start, flush=False)
 
-    def add(self, store: Callable[..., None], **content: Any) -> None:
-        """Queues a record: the function that stores it, its content and the time."""
+    def send(self, store: Callable[..., None], flush: bool = True, **content: Any) -> None:
+        """Adds a record and, with `flush`, sends all pending ones until one fails or time is up."""
         self.pending.append((store, {"when": int(1000 * time.time())} | content))
-
-    def flush(self) -> None:
-        """Sends what is pending, in order, until one fails or time is up."""
+        if not flush:
+            return
         deadline = time.monotonic() + TRACKING_PATIENCE
         try:
             if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
@@ -1901,8 +1871,7 @@ class MlflowTracker(Tracker):
         splits = {"train": data.train, data.evaluation_name: data.evaluation}
         digests = {name: split.digest for name, split in splits.items() if len(split)}
         source = json.dumps({"url": data.source})
-        self.add(self.store_settings, params=params, tags=tags, source=source, digests=digests)
-        self.flush()
+        self.send(self.store_settings, params=params, tags=tags, source=source, digests=digests)
 
     def store_settings(
         self, when: int, params: dict[str, str], tags: Record, source: str, digests: Record
@@ -1920,7 +1889,7 @@ class MlflowTracker(Tracker):
             inputs.append(entities.DatasetInput(dataset, [tag]))
         self.client.log_inputs(self.run_id, inputs)
 
-    def log_metrics(self, record: Record, step: int = 0) -> None:
+    def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None:
         """The metrics of an epoch, or without `step` the final ones."""
         values = {}
         # The compare page plots the first metric, so test accuracies come first.
@@ -1929,54 +1898,43 @@ class MlflowTracker(Tracker):
             if key != "epoch" and isinstance(value, int | float) and math.isfinite(value):
                 name = METRIC_NAMES.get(key) or "/".join(key.split("_", 1 - key.count("/")))
                 values[name] = float(f"{100 * value if 'accuracy' in key else value:.6g}")
-        self.add(self.store_metrics, values=values, step=step)
-        self.flush()
+        self.send(self.store_metrics, flush, values=values, step=step)
 
     def store_metrics(self, when: int, values: dict[str, float], step: int) -> None:
         if step not in self.known_steps:
             self.mlflow.log_metrics(values, step, run_id=self.run_id, timestamp=when)
 
-    def log_outcome(self, text: str, files: Files, model: Path | None = None) -> None:
-        """Called once, after the work: the result as text, files, and the model."""
-        defaults = Config().flat()
-        lines = [text, "", "```", command_line(self.config), "```", ""]
-        for name, value in self.config.flat().items():
-            if value != defaults[name]:
-                lines.append(f"- `{name}` {loggable(value)}")
-        self.add(self.store_outcome, text="\n".join(lines), files=files, model=model)
-        self.flush()
+    def log_outcome(self, text: str, files: Files) -> None:
+        """Called once, after the work: the result as text, files and the model."""
+        note = f"{text}\n\n```\n{command_line(self.config)}\n```"
+        self.send(self.store_outcome, text=note, files=files)
 
-    def store_outcome(self, when: int, text: str, files: Files, model: Path | None) -> None:
+    def store_outcome(self, when: int, text: str, files: Files) -> None:
         """Files that fail are skipped: their store may not be the run's."""
-        client = self.client
-        client.set_tag(self.run_id, "mlflow.note.content", text)
+        client, key = self.client, "mlflow.note.content"
+        if client.get_run(self.run_id).data.tags.get(key) == text:  # stored before an interruption
+            return
         ways = {"png": client.log_figure, "json": client.log_table, "md": client.log_text}
         for name, make in files.items():
             try:
-                ways[name.split(".")[-1]](self.run_id, make(), name)
-            except Exception as error:
+                ways.get(name.split(".")[-1], self.log_model)(self.run_id, make(), name)
+            except Exception as error:  # tracking must never end a training
                 log(f"MLflow did not store {name}: {first_line(error)}")
-        try:
-            if model:
-                self.log_model(model)
-        except Exception as error:
-            log(f"MLflow did not store the model: {first_line(error)}")
+        client.set_tag(self.run_id, key, text)
 
-    def log_model(self, path: Path) -> None:
+    def log_model(self, _run_id: str, path: Path, _name: str) -> None:
         """For `mlflow models serve`: this script (models-from-code) and `path`, no pickle."""
-        import PIL
-
         picture = io.BytesIO()
         Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY)).save(picture, "PNG")
         parameters = {"top_k": 3, "threshold": 0.0, "tta": True}  # that a request may set
-        versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+        packages = ("torch", "numpy", "pillow", "tqdm", "filelock")
         with self.mlflow.start_run(self.run_id, log_system_metrics=False):
             stored = self.mlflow.pyfunc.log_model(
                 name=re.sub(r"[^\w-]", "-", self.config.run_name),
                 python_model=__file__,
                 artifacts={"model": str(path)},
                 input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
-                pip_requirements=[f"{key}=={each.split('+')[0]}" for key, each in versions.items()],
+                pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in packages],
             )
         log(
             f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow models "
@@ -1984,8 +1942,7 @@ class MlflowTracker(Tracker):
         )
 
     def close(self, status: str) -> None:
-        self.add(self.store_status, status=status)
-        self.flush()
+        self.send(self.store_status, status=status)
         if self.pending:
             way = "; --resume sends them again" if self.config.resumable and not self.parent else ""
             log(f"MLflow did not take {len(self.pending)} records{way}")
@@ -2027,12 +1984,8 @@ def open_tracker(
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
     os.environ.update(defaults | os.environ)
-    environment = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = config.tracking.tracking_uri or environment or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):  # the printed `mlflow ui` command must work in any folder
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     try:
-        tracker: Tracker = MlflowTracker(config, uri, run_id, parent)
+        tracker: Tracker = MlflowTracker(config, run_id, parent)
     except Exception as error:  # importing it can fail in many ways
         log(f"MLflow cannot be imported ({first_line(error)}): pip install mlflow, or --no-mlflow")
         tracker = Tracker()
@@ -2110,7 +2063,10 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["velocity"] = torch.zeros_like(weight)
+                velocity = state["velocity"]
                 velocity.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(velocity, alpha=group["momentum"])
                 if weight.ndim == 4:
@@ -2163,7 +2119,7 @@ class TrainState:
     PARTS, COUNTERS = ("model", "optimizer", "scaler"), ("epoch", "updates", "skipped")
 
     def __init__(
-        self, model: nn.Module, replica: nn.Module, optimizer: Muon, total: int, runtime: Runtime
+        self, model: nn.Module, replica: Any, optimizer: Muon, total: int, runtime: Runtime
     ) -> None:
         self.model, self.replica, self.optimizer = model, replica, optimizer
         self.total, self.runtime = total, runtime  # updates in all
@@ -2206,13 +2162,6 @@ class TrainState:
             setattr(self, name, state[name])
 
 
-def no_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager:
-    """Skips the gradient exchange between processes while gradients only accumulate."""
-    if skip and isinstance(replica, DistributedDataParallel):
-        return replica.no_sync()
-    return contextlib.nullcontext()
-
-
 def train_epoch(
     state: TrainState, batches: Iterable, count: int, steps: int, recipe: RecipeSettings, seed: int
 ) -> dict[str, float]:
@@ -2226,11 +2175,12 @@ def train_epoch(
         batch = runtime.move(*batch)
         size, labels = recipe.image_size(state.progress), batch[1]
         images = augment(batch, epoch, size, recipe, generators)
-        with no_sync(state.replica, skip=not closes):
-            with runtime.autocast():
-                logits = state.replica(images)  # (N, classes)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            state.scaler.scale(loss * weight).backward()
+        if runtime.world_size > 1:  # gradients are exchanged once per update
+            state.replica.require_backward_grad_sync = closes
+        with runtime.autocast():
+            logits = state.replica(images)  # (N, classes)
+            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        state.scaler.scale(loss * weight).backward()
         meter.add(loss, logits, labels)
         if closes:
             state.update()
@@ -2471,9 +2421,9 @@ def cached_model(
         if key not in _predictors:
             target = pick_device(device)
             runtime = Runtime(target, *pick_amp_dtype(target, amp))
-            saved, wanted = load_model(path), pick_compile(compile, target, one_off=False)
+            saved = load_model(path)
             example = NO_IMAGES.images.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-            net, _ = accelerate(saved.model, runtime, wanted, example)
+            net, _ = accelerate(saved.model, runtime, compile, example)
             _predictors.clear()
             _predictors[key] = Predictor(net, saved, runtime)
         return _predictors[key]
@@ -2563,8 +2513,7 @@ class Training:
         options = loader_options(config.data.num_workers, runtime)
         self.loader = build_loader(data.train, self.sampler, options)
         example = shrink(data.train.images[: min(share, train.batch_size)], recipe.start_size)
-        wanted = pick_compile(config.run.compile, runtime.device, one_off=False)
-        net, self.report = accelerate(model.train(), runtime, wanted, example)
+        net, self.report = accelerate(model.train(), runtime, config.run.compile, example)
         # An update cannot span more than one epoch.
         self.steps = min(train.accumulate_grad_steps, batches)
         batch = min(train.batch_size * self.steps, share) * runtime.world_size
@@ -2661,7 +2610,7 @@ def train_seed(
         log(ANNOUNCEMENT.format(**training.resolved))
         tracker.log_settings(training.resolved, data)
         for step, record in enumerate(history, 1):  # epochs that an interruption kept from MLflow
-            tracker.log_metrics(record, step)
+            tracker.log_metrics(record, step, flush=False)
         emit({}, EPOCH_HEADING.format(name), config, runtime)
         while True:
             if keep:
@@ -2674,7 +2623,7 @@ def train_seed(
             mean = statistics.mean(each["seconds"] for each in history)
             row = training.row(record, (epochs - state.epoch) * mean)
             emit({"event": "epoch"} | record, row, config, runtime)
-            memory = {"peak_memory_so_far_mb": runtime.peak_memory_mb()}
+            memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)
         evaluation = evaluation or training.evaluate()  # resumed after the last epoch
         took = duration(sum(each["seconds"] for each in history))
@@ -2692,7 +2641,8 @@ def train_seed(
         if keep:
             path = training.save(evaluation.temperature, result)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
-        tracker.log_outcome(f"**{text}**", evaluation.files(data.class_names), path)
+        model: Files = {"the model": lambda: path} if path else {}
+        tracker.log_outcome(f"**{text}**", evaluation.files(data.class_names) | model)
         result |= {"seed": config.train.seed, "run_id": tracker.run_id}
         result["model_path"] = path and str(path)
         emit({"event": "result"} | result, f"{text}; model: {path}", config, runtime)
@@ -2748,14 +2698,12 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
         known = ", ".join(saved.class_names)
         raise UserError(f"{config.model_path} has other classes than {data.name}: {known}")
     if config.data.holdout and data.train.digest != saved.train_digest:
-        other = (
-            f"{config.model_path} was not trained on the {len(data.train)} images that it leaves"
-        )
-        raise UserError(f"--holdout {config.data.holdout}: {other}")
+        other = f"was not trained on the {len(data.train)} remaining images"
+        raise UserError(f"--holdout {config.data.holdout}: {config.model_path} {other}")
     data = replace(data, flip=saved.flip)
     images, name, tta = data.evaluation.images, data.evaluation_name, config.prediction.tta
-    wanted = pick_compile(config.run.compile, runtime.device, one_off=True)
-    net, report = accelerate(saved.model, runtime, wanted, images[:EVALUATION_BATCH])
+    compile = bool(config.run.compile)  # `auto` is off: not worth it for a single pass
+    net, report = accelerate(saved.model, runtime, compile, images[:EVALUATION_BATCH])
     resolved = resolved_settings(runtime, {}, report, data)
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(resolved, data)
@@ -2858,9 +2806,6 @@ class UsualImages(Dataset):
         steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), usual]
         self.transform = transforms.Compose(steps)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         return self.transform(Image.fromarray(self.images[index])), self.labels[index], int(index)
 
@@ -2901,6 +2846,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
             model.pixel_std.fill_(1 / 255)  # type: ignore[operator]
 
         def train() -> None:
+            training.state.updates = 0  # each round is the first epoch: --epochs may be fewer
             train_epoch(training.state, loader, len(sampler), 1, recipe, seed=0)
 
         def load() -> None:
@@ -2912,8 +2858,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
 
         def uncached() -> None:
             _predictors.clear()
-            fresh = cached_model(file, str(device), amp, compile=False)
-            list(fresh.predict([photo], tta=False))
+            list(cached_model(file, str(device), amp, False).predict([photo], tta=False))
 
         works: dict[str, Callable[[], Any]] = {"training": train, "loading": load}
         seconds = {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
@@ -2921,10 +2866,9 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         noise = Image.effect_noise((125, 94), 80).resize((500, 375), Image.Resampling.LANCZOS)
         noise.convert("RGB").save(photo)  # about as detailed as a real photo
         save_model(file, model, data, config, 1.0, {})
-        saved, images = load_model(file), data.train.images[torch.arange(64) % len(data.train)]
-        net, _ = accelerate(saved.model, runtime, (bool(run.compile), ""), images[:1])
-        saved.model.to(memory_format=layout)  # type: ignore[call-overload]
-        predictor = Predictor(net, saved, runtime)
+        images = data.train.images[torch.arange(64) % len(data.train)]
+        predictor = cached_model(file, str(device), amp, bool(run.compile))
+        predictor.saved.model.to(memory_format=layout)  # type: ignore[call-overload]
         works = {
             "photo": lambda: list(predictor.predict([photo], tta=False)),
             "photo_tta": lambda: list(predictor.predict([photo])),
@@ -2944,7 +2888,8 @@ class Benchmark:
         self.config, self.runtime, self.data = config, runtime, data
         self.rows: list[Record] = []
         self.checks: list[Record] = []
-        self.baseline: dict[str, list[float]] = {}
+        self.baseline: Any = None  # what `measure` found
+        self.lines: list[list[str]] = []  # of the table
 
     def cases(self) -> dict[str, tuple[str, ...]]:
         """The optimizations of each configuration: none, each alone, all that `auto` turns on, all.
@@ -2955,7 +2900,7 @@ class Benchmark:
         off = {"mixed_precision": self.runtime.amp_dtype is None}
         off["compile"] = self.config.run.compile is False
         possible = tuple(name for name in OPTIMIZATIONS if not off.get(name))
-        compiles, _ = pick_compile(None, self.runtime.device, one_off=False)
+        compiles = self.runtime.device.type == "cuda"
         auto = tuple(name for name in possible if name != "compile" or compiles)
         cases: dict[str, tuple[str, ...]] = {"baseline": ()} | {name: (name,) for name in possible}
         cases |= {"combined": auto} | ({"everything": possible} if possible != auto else {})
@@ -2982,12 +2927,13 @@ class Benchmark:
     def add(self, name: str, found: Any) -> list[Record]:
         """Images per second (ms for one image), and the speed relative to the baseline."""
         seconds, count, memory, _ = found
-        self.baseline, rows = self.baseline or seconds, []
+        self.baseline = self.baseline or found
+        rows, cells = [], [name.replace("_", " ")]
         for measure, times in seconds.items():
             images = MEASURES[measure][2] or count
             figures = [1000 * each if images == 1 else images / each for each in times[1:]]
             p10, value, p90 = np.percentile(figures, (10, 50, 90)).tolist()
-            ratio = statistics.median(self.baseline[measure][1:]) / statistics.median(times[1:])
+            ratio = statistics.median(self.baseline[0][measure][1:]) / statistics.median(times[1:])
             area = measure if measure in ("training", "loading") else "inference"
             row = {"event": "benchmark", "area": area, "measure": measure, "name": name}
             row |= {"value": value, "unit": "ms" if images == 1 else "images/s"}
@@ -2996,13 +2942,20 @@ class Benchmark:
             text = f"{measure:<10} {name:<16} {value:>9.1f} {row['unit']:<9}"
             text += f"x{ratio:<5.2f} (p10 {p10:.1f}, p90 {p90:.1f})"
             emit(rows[-1], text, self.config, self.runtime)
+            figure = f"{value:.1f} ms" if images == 1 else f"{value:,.0f}/s"
+            cells.append(f"{ratio:.2f}x ({figure})")
+        base = self.baseline[2]
+        cells.append(f"{memory / base:.2f}x ({memory:,.0f} MB)" if memory and base else "")
+        self.lines.append(cells)
         self.rows += rows
         return rows
 
     def check(self, name: str, difference: Tensor, most: float) -> None:
         """A self-check: the largest difference from the reference, and the largest allowed."""
         row = {"event": "check", "name": name, "passed": bool(difference <= most)}
-        self.checks.append(row | {"difference": float(difference)})
+        self.checks.append(
+            row | {"difference": float(difference) if difference.isfinite() else None}
+        )
         text = f"{name:<16} {'pass' if row['passed'] else 'FAIL'} (difference {difference:.2g})"
         emit(self.checks[-1], f"check      {text}", self.config, self.runtime)
 
@@ -3017,7 +2970,7 @@ class Benchmark:
         with torch.no_grad():
             for _ in range(10):  # fills BatchNorm's statistics; else each block doubles its input
                 model.train()(images)
-        net, _ = accelerate(model.eval(), runtime, (False, ""), images)
+        net, _ = accelerate(model.eval(), runtime, False, images)
 
         def gradient(micro_batch: int) -> Tensor:
             count = 64 // micro_batch
@@ -3043,27 +2996,16 @@ class Benchmark:
             self.check("predict", (expected[0].max() - cast(float, answer.confidence)).abs(), 1e-4)
             if config.run.compile is False:
                 return
-            compiled, report = accelerate(copy.deepcopy(model), runtime, (True, "check"), images)
+            compiled, report = accelerate(copy.deepcopy(model), runtime, True, images)
             if report.active:
                 difference = (compiled(images) - logits).abs().max() / logits.abs().max()
                 self.check("compiled", difference, 1e-4)
 
     def table(self) -> str:
         """Markdown, ready to paste: a row per configuration, a column per measure, conditions."""
-        found = {(row["measure"], row["name"]): row for row in self.rows}
-        base = found["training", "baseline"]["peak_memory_mb"]
         titles = [title for title, *_ in MEASURES.values()]
-        lines = [["Configuration", *titles, "Peak memory"], ["---"] * (len(titles) + 2)]
-        for name in dict.fromkeys(row["name"] for row in self.rows):
-            cells = [name.replace("_", " ")]
-            for measure in MEASURES:
-                row = found[measure, name]
-                milliseconds, value = row["unit"] == "ms", row["value"]
-                figure = f"{value:.1f} ms" if milliseconds else f"{value:,.0f}/s"
-                cells.append(f"{row['ratio']:.2f}x ({figure})")
-            memory = found["training", name]["peak_memory_mb"]
-            peak = f"{memory / base:.2f}x ({memory:,.0f} MB)" if memory and base else ""
-            lines.append([*cells, peak])
+        heading = ["Configuration", *titles, "Peak memory"]
+        lines = [heading, ["---"] * len(heading), *self.lines]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         again = [row["ratio"] for row in self.rows if row["name"] == "baseline_again"]
         drift = max((abs(ratio - 1) for ratio in again), default=0.0)
@@ -3145,13 +3087,13 @@ def explain(error: Exception, config: Config) -> str | None:
             return redact(str(error))
         case ModuleNotFoundError():
             return f"{error}: pip install -r requirements.txt"
-        case torch.OutOfMemoryError():
-            half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
-            flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
-            return f"out of GPU memory; for the same effective batch with less memory: {flags}"
         case RuntimeError() if "DataLoader worker" in str(error):
             command = command_line(config, num_workers=0, resume=True)
             return f"{first_line(error)}; memory or /dev/shm ran out: continue with {command}"
+        case RuntimeError() if isinstance(error, torch.OutOfMemoryError) or "allocat" in str(error):
+            half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
+            flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
+            return f"out of memory; for the same effective batch with less memory: {flags}"
         case RuntimeError() if isinstance(error, dist.DistError) or "gloo" in str(error):
             return f"lost another process, whose own error comes first: {first_line(error)}"
         case OSError() if error.errno in known:

@@ -138,7 +138,7 @@ def refusal(capsys, mode, path):
         (write_evil_zip, "damaged or not a model file"),
         (write_evil_legacy, "damaged or not a model file"),
         (write_state_dict, "not a file of this program"),
-        (write_other_keys, "damaged: it lacks model"),
+        (write_other_keys, "damaged: it lacks '"),
         (write_future, "another version"),
         (write_no_version, "not a file of this program"),
     ],

@@ -149,7 +149,9 @@ def test_a_link_to_nothing_is_left_out(pets, capsys):
 def test_what_makes_no_classes_is_said(pets, capsys):
     (pets / "nothing in it").mkdir()
     (pets / "one").mkdir()
-    picture("white").save(pets / "one" / "only.png")
+    (pets / "mlartifacts").mkdir()  # MLflow's, of a training that was started in this folder
+    for place in ("one", "mlartifacts"):
+        picture("white").save(pets / place / "only.png")
     data = load(pets)
     told = capsys.readouterr().err
     assert "nothing in it: no pictures" in told and "class one: no picture to test on" in told

@@ -21,7 +21,6 @@ from classifier import (
     hold_lock,
     open_runtime,
     pick_amp_dtype,
-    pick_compile,
     pick_device,
     pixel_statistics,
     stop_signals,
@@ -80,11 +79,12 @@ def test_amp_dtype(monkeypatch, device, amp, native, expected):
     assert dtype == expected and reason
 
 
-def test_compile_is_automatic_on_cuda_only():
-    assert [pick_compile(None, device, False)[0] for device in (CUDA, CPU)] == [True, False]
-    assert pick_compile(None, CUDA, one_off=True)[0] is False
-    assert pick_compile(True, CPU, one_off=True)[0] is True
-    assert pick_compile(False, CUDA, one_off=False)[0] is False
+def test_compile_is_automatic_on_cuda_only(model, monkeypatch, images):
+    monkeypatch.setattr(model, "to", lambda *_, **__: model)  # as if the device were there
+    monkeypatch.setattr(torch, "compile", failing_compile)
+    for device, asked, tried in ((CPU, None, 0), (CPU, True, 1), (CUDA, None, 1), (CUDA, False, 0)):
+        _, report = accelerate(model, classifier.Runtime(device), asked, images)
+        assert report.reason.startswith("failed") == tried
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def failing_compile(model, **_):
 def test_failed_compile_leaves_everything_as_it_was(monkeypatch, cpu, capsys, model, images):
     monkeypatch.setattr(torch, "compile", failing_compile)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    net, report = accelerate(model.train(), cpu, (True, "--compile"), images)
+    net, report = accelerate(model.train(), cpu, True, images)
     assert net is model and not report.active and "no C++ compiler" in report.reason
     assert same(before, model.state_dict())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -203,7 +203,7 @@ def test_a_compile_that_works_leaves_weights_and_random_state(monkeypatch, cpu, 
 
     monkeypatch.setattr(torch, "compile", compile)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    net, report = accelerate(model.train(), cpu, (True, "--compile"), images)
+    net, report = accelerate(model.train(), cpu, True, images)
     assert net is not model and report.active and calls == [False]
     assert same(before, model.state_dict()) and torch.equal(random, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -215,7 +215,7 @@ def test_weights_cast_beforehand_give_what_autocast_gives(cpu, model, images, tr
     model.train(training)
     with torch.inference_mode(), runtime.autocast():
         expected = copy.deepcopy(model)(images)
-        net, _ = accelerate(model, runtime, (False, ""), images)
+        net, _ = accelerate(model, runtime, False, images)
         assert torch.equal(net(images), expected)
     cast = torch.float32 if training else torch.bfloat16
     assert expected.std(0).min() > 0 and net.head.weight.dtype == cast
@@ -235,7 +235,7 @@ def test_compiled_training_without_a_compiler_trains_the_same(cli):
 
 @pytest.mark.slow
 def test_compiled_equals_eager_and_saves_clean_names(cpu, model, images):
-    net, report = accelerate(model.eval(), cpu, (True, "--compile"), images)
+    net, report = accelerate(model.eval(), cpu, True, images)
     assert report.active, report.reason
     with torch.inference_mode():
         assert (net(images) - model(images)).abs().max() < 1e-4

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -113,7 +114,7 @@ def test_every_setting_and_every_fact_is_a_parameter(logged):
     assert params["lr"] == "auto" and params["momentum"] == "0.9367"
     facts = {name for name in params if name.startswith("run_")} - {"run_name"}
     loading = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "non_blocking"}
-    speed = {"amp", "amp_dtype", "amp_reason", "compile", "compile_reason", "memory_format"}
+    speed = {"amp_dtype", "amp_reason", "compile", "compile_reason", "memory_format"}
     work = {"effective_batch", "peak_lr", "flip", "dataset", "train_images", "data_loading"}
     machine = {"device", "threads", "world_size", "backend"}
     assert facts == {f"run_{name}" for name in loading | speed | work | machine}
@@ -214,23 +215,27 @@ def test_what_a_dead_store_did_not_take_is_logged_by_resume(store, tmp_path, cap
 
 
 def test_a_server_that_accepts_and_never_answers(trackers, monkeypatch, capsys):
-    """Training goes on; each of its six calls tries once."""
+    """Training goes on; each of its six calls tries once. Resuming adds no call."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
     monkeypatch.setattr(MLFLOW_HTTP_REQUEST_TIMEOUT, "type", float)  # MLflow takes whole seconds
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "0.3")
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        code, out, err = run(capsys, "--mode", "train", *LOGGED, "--tracking-uri", uri)
+        words = ["--mode", "train", *LOGGED, "--tracking-uri", uri]
+        calls, (code, out, err) = [], run(capsys, *words)
         silent.setblocking(False)
-        calls = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                silent.accept()[0].close()
-                calls += 1
+        for _ in range(2):
+            calls.append(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    silent.accept()[0].close()
+                    calls[-1] += 1
+            if len(calls) == 1:
+                run(capsys, *words, "--resume")
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:3]] == ["1", "2"]
     assert err.count("cannot log to MLflow at") == 1 and "Traceback" not in err
-    assert calls == 6 and kinds(trackers[0]) == KINDS
+    assert calls == [6, 4] and kinds(trackers[0]) == kinds(trackers[1]) == KINDS
 
 
 def test_one_call_to_a_dead_server_is_shorter_than_the_patience(cpu, monkeypatch):
@@ -247,27 +252,25 @@ def test_a_slow_store_holds_up_each_call_for_so_long_and_no_longer(
     monkeypatch.setattr(
         classifier, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0])
     )
-    real_store, real_flush = MlflowTracker.store_metrics, MlflowTracker.flush
+    real_store, real_send = MlflowTracker.store_metrics, MlflowTracker.send
 
     def slow(*args, **content):
         now[0] += 6
         real_store(*args, **content)
 
-    def flush(tracker):
+    def send(tracker, *args, **content):
         before = len(tracker.pending)
-        real_flush(tracker)
-        counts.append(before - len(tracker.pending))
+        real_send(tracker, *args, **content)
+        counts.append(before + 1 - len(tracker.pending))
 
     monkeypatch.setattr(MlflowTracker, "store_metrics", slow)
-    monkeypatch.setattr(MlflowTracker, "flush", flush)
+    monkeypatch.setattr(MlflowTracker, "send", send)
     with open_tracker(settings(), cpu) as tracker:
         tracker.log_settings({}, digits)
         for step in range(5):
-            tracker.add(tracker.store_metrics, values={"x": 1.0}, step=step)
-        tracker.flush()
-        tracker.flush()
+            tracker.log_metrics({"x": 1.0}, step, flush=step > 2)
     client, _, (found,) = runs_of(store)
-    assert counts == [2, 2, 2, 2] and found.info.status == "FINISHED"
+    assert counts == [0, 2, 0, 0, 0, 2, 2, 2] and found.info.status == "FINISHED"
     assert steps(client, tracker.run_id, "x") == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.count("takes more than 10 s") == 1
 
@@ -468,6 +471,31 @@ def test_artifacts_that_cannot_be_stored_do_not_block_the_run(
     assert found.info.status == "FINISHED"
     assert "MLflow did not store a.md: no credentials" in capsys.readouterr().err
     assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["b.json"]
+
+
+def test_an_outcome_that_is_stored_is_not_stored_again(cpu, digits, store):
+    """`log_table` would append to what is there."""
+    files = {"b.json": lambda: {"x": [1]}}
+    run_id = log_something(settings(), cpu, digits, files).run_id
+    with open_tracker(settings(), cpu, run_id=run_id) as tracker:
+        tracker.log_outcome("fine", files)
+    client = runs_of(store)[0]
+    stored = Path(client.download_artifacts(run_id, "b.json"))
+    assert json.loads(stored.read_text())["data"] == [[1]]
+
+
+def test_the_served_model_requires_what_the_script_imports(cpu, store, tmp_path, monkeypatch):
+    def log_model(pip_requirements, **_):
+        required.extend(re.split("[=]=", each)[0] for each in pip_requirements)
+        return SimpleNamespace(model_uri="models:/m")
+
+    required = []
+    monkeypatch.setattr("mlflow.models.Model.log", log_model)
+    with open_tracker(settings(), cpu) as tracker:
+        tracker.log_outcome("fine", {"the model": lambda: tmp_path / "m.pth"})
+    imports = re.findall(r"^(?:import|from) (\w+)", Path(classifier.__file__).read_text(), re.M)
+    foreign = set(imports) - set(sys.stdlib_module_names)
+    assert {{"pillow": "PIL"}.get(name, name) for name in required} == foreign
 
 
 def test_class_names_that_are_no_utf8_have_their_files(cpu, store, tmp_path):
