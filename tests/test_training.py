@@ -444,6 +444,19 @@ def test_evaluation_against_numpy(split, model, cpu, tta, monkeypatch):
     assert found.per_class(tuple("abcd"))["b"] == pytest.approx(expected[1, 1] / 24)
 
 
+def test_details_name_the_most_frequent_confusions():
+    confusion = torch.tensor([[5.0, 1, 0], [3, 2, 0], [0, 0, 4]])
+    found = classifier.Evaluation(1.0, 0.5, None, 0.1, 1.0, confusion, 1.0)
+    *lines, last = found.details(("ant", "bee", "cow")).splitlines()
+    assert [line.split() for line in lines] == [
+        ["ant", "83.33%"],
+        ["bee", "40.00%"],
+        ["cow", "100.00%"],
+    ]
+    assert last == "  most confused: bee as ant 3x, ant as bee 1x"
+    assert found._replace(confusion=torch.eye(2)).details("ab").endswith("most confused: none")
+
+
 def test_a_process_may_have_no_image_to_evaluate(model):
     for views in (1, 6):
         empty = torch.empty(views, 0, 3, 32, 32, dtype=torch.uint8)
