@@ -68,8 +68,9 @@ def test_evaluate_repeats_trains_figures_exactly(capsys, flags):
 
 def test_evaluate_as_text_names_the_classes(capsys, trained):
     code, out, _ = run(capsys, *EVALUATE, trained)
-    head, *classes = out.splitlines()
+    head, *classes, confused = out.splitlines()
     assert code == 0 and "test accuracy" in head and "64 images" in head
+    assert confused.startswith("  most confused: ")
     assert [line.split()[0] for line in classes] == list("0123456789")
 
 

@@ -477,7 +477,8 @@ def test_an_outcome_that_is_stored_is_not_stored_again(cpu, digits, store):
     """`log_table` would append to what is there."""
     files = {"b.json": lambda: {"x": [1]}}
     run_id = log_something(settings(), cpu, digits, files).run_id
-    with open_tracker(settings(), cpu, run_id=run_id) as tracker:
+    resumed = replace(settings(), train=classifier.TrainSettings(resume=True))
+    with open_tracker(resumed, cpu, run_id=run_id) as tracker:
         tracker.log_outcome("fine", files)
     client = runs_of(store)[0]
     stored = Path(client.download_artifacts(run_id, "b.json"))
