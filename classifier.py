@@ -2734,8 +2734,8 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     if data.name not in DATASETS:
         lines.append("Measured on the letterbox alone; predict also uses squares of photos.")
     lines.append(found.details(data.class_names))
-    record = {"event": "result"} | result | {"seconds": found.seconds}
-    record["per_class"] = found.per_class(data.class_names)
+    per_class = found.per_class(data.class_names)
+    record = {"event": "result"} | result | {"per_class": per_class, "seconds": found.seconds}
     emit(record, "\n".join(lines), config, runtime)
     return 0
 
