@@ -2063,10 +2063,7 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                state = self.state[weight]
-                if not state:
-                    state["velocity"] = torch.zeros_like(weight)
-                velocity = state["velocity"]
+                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
                 velocity.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(velocity, alpha=group["momentum"])
                 if weight.ndim == 4:
