@@ -320,10 +320,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
         for each in fields(part):
             default, hint, known = each.default, hints[each.name], each.metadata
             help = known["help"].replace("%", "%%")
-            if isinstance(default, bool):
-                help += f" (default: {'on' if default else 'off'})"
-            elif default is not None and not isinstance(default, tuple):
-                help += f" (default: {default})"
+            if default is not None and not isinstance(default, tuple):
+                shown = ("off", "on")[default] if isinstance(default, bool) else default
+                help += f" (default: {shown})"
             options: Record = {"help": help, "default": argparse.SUPPRESS}  # Config has them
             if hint in (bool, bool | None):
                 options["action"] = argparse.BooleanOptionalAction
@@ -510,8 +509,8 @@ class Runtime:
 
     def move(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors on the device; on CUDA the copies are asynchronous."""
-        wait = self.device.type != "cuda"
-        return [tensor.to(self.device, non_blocking=not wait) for tensor in tensors]
+        on_cuda = self.device.type == "cuda"
+        return [tensor.to(self.device, non_blocking=on_cuda) for tensor in tensors]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over all processes, in place."""
@@ -567,16 +566,15 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         torch.backends.cudnn.benchmark = run.mode == "train"
     if world_size > 1:
         patience = datetime.timedelta(hours=2)  # the others wait while one of them downloads
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+        sizes: Record = {"rank": rank, "world_size": world_size, "timeout": patience}
+        store, _, _ = next(dist.rendezvous("env://", **sizes))
         if local_world_size == world_size:
             # torchrun's store keeps keys from before a restart (pytorch/pytorch#135712).
             # Each machine counts its own restarts, so this works on one machine only.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restart, store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=patience
-        )
+        dist.init_process_group(backend, store=store, **sizes)
     dtype, reason = pick_amp_dtype(device, run.amp)
     try:
         yield Runtime(device, dtype, reason, rank, world_size, local_world_size)
@@ -603,7 +601,8 @@ def accelerate(
     """A callable that shares `model`'s weights: on the device, and compiled if that works.
 
     torch.compile is lazy and fails only at the first call, so the first call is made here, on
-    `example` and in the model's current mode. Weights, statistics and random state stay the same.
+    `example` and in the model's current mode. Weights, statistics and random state stay the same;
+    for inference in mixed precision, weights are cast once.
     """
     model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if runtime.amp_dtype and not model.training:  # else autocast casts them at each call
@@ -780,9 +779,8 @@ class CifarNet(nn.Module):
     def adopt(self, other: CifarNet, rows: dict[int, int]) -> None:
         """Copies another network's weights, but only some head rows (own row: other's row)."""
         weights, head = other.state_dict(), self.head.weight.detach().clone()
-        if head.shape[1] == other.head.in_features:
-            for own, others in rows.items():
-                head[own] = weights["head.weight"][others]
+        for own, others in rows.items():
+            head[own] = weights["head.weight"][others]
         self.load_state_dict(weights | {"head.weight": head})
 
 
@@ -922,10 +920,7 @@ def read_file(file: Any, head: bytes) -> Image.Image:
     if scale and (level := image.info.get("transparency")) is not None:
         image.info["transparency"] = scale(level)
     image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # decode large JPEGs at reduced size
-    rgb = to_rgb(image)
-    with contextlib.suppress(Exception):  # later frames may be broken; the first one is good
-        rgb.info["animated"] = getattr(image, "is_animated", False)
-    return rgb
+    return to_rgb(image)
 
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
@@ -950,8 +945,7 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise UserError("no such picture") from None
     except Exception as error:  # decoders raise errors of every type on hostile bytes
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(reason) from None
+        raise UserError(getattr(error, "strerror", None) or first_line(error)) from None
 
 
 def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
@@ -996,8 +990,25 @@ MIRROR_SILENCE = 30.0  # seconds without data before a download is given up
 TARBALL_SIZE = 170_498_071  # bytes
 
 
+class Batch:
+    """Images uint8 (B, 3, 32, 32), labels (B,) and indices (B,); iterating yields tensors.
+
+    Workers send numpy arrays through their pipe: tensors, sent by file descriptor, are 4x slower.
+    """
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self.arrays = arrays
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(torch.from_numpy, self.arrays)
+
+    def pin_memory(self) -> list[Tensor]:
+        """Called by the DataLoader if its option of that name is on."""
+        return [tensor.pin_memory() for tensor in self]
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Dataset):
     """Images (N, 3, 32, 32) uint8 and their labels (N,) int64."""
 
     images: Tensor
@@ -1005,6 +1016,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        """A whole batch, for the DataLoader; the sampler yields the indices of one batch."""
+        chosen = self.take(torch.from_numpy(indices))
+        return Batch(chosen.images.numpy(), chosen.labels.numpy(), indices)
 
     def take(self, indices: Tensor | slice) -> Split:
         return Split(self.images[indices], self.labels[indices])
@@ -1017,9 +1033,7 @@ class Split:
         return sha.hexdigest()[:16]
 
 
-NO_IMAGES = Split(
-    torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
-)
+NO_IMAGES = Split(torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE).byte(), torch.empty(0).long())
 
 
 @dataclass(frozen=True)
@@ -1045,11 +1059,9 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
     """Yields True and locks `data_dir` if it is writable, else yields False."""
     with contextlib.suppress(OSError):
         data_dir.mkdir(parents=True, exist_ok=True)
-    if not (data_dir.is_dir() and os.access(data_dir, os.W_OK)):
-        yield False
-        return
-    with hold_lock(data_dir / ".lock", -1, ""):
-        yield True
+    writable = data_dir.is_dir() and os.access(data_dir, os.W_OK)
+    with hold_lock(data_dir / ".lock", -1, "") if writable else contextlib.nullcontext():
+        yield writable
 
 
 def download(url: str, path: Path, patient: bool) -> float:
@@ -1344,43 +1356,15 @@ def load_everywhere(settings: DataSettings, runtime: Runtime, training: bool = T
     return data
 
 
-class Batch:
-    """Images uint8 (B, 3, 32, 32), labels (B,) and indices (B,); iterating yields tensors.
+def start_worker(_worker: int) -> None:
+    """Workers ignore Ctrl-C (the main process handles it) and exit when that process dies."""
 
-    Workers send numpy arrays through their pipe: tensors, sent by file descriptor, are 4x slower.
-    """
+    def exit_with_parent() -> None:
+        cast(Any, multiprocessing.parent_process()).join()
+        os._exit(1)
 
-    def __init__(self, *arrays: np.ndarray) -> None:
-        self.arrays = arrays
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(torch.from_numpy, self.arrays)
-
-    def pin_memory(self) -> list[Tensor]:
-        """Called by the DataLoader if its option of that name is on."""
-        return [tensor.pin_memory() for tensor in self]
-
-
-class ImageBatches(Dataset):
-    """Each item is a whole batch; the sampler yields the indices of one batch."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __getitem__(self, indices: np.ndarray) -> Batch:
-        chosen = self.split.take(torch.from_numpy(indices))
-        return Batch(chosen.images.numpy(), chosen.labels.numpy(), indices)
-
-    @staticmethod
-    def start_worker(_worker: int) -> None:
-        """Workers ignore Ctrl-C (the main process handles it) and exit when that process dies."""
-
-        def exit_with_parent() -> None:
-            cast(Any, multiprocessing.parent_process()).join()
-            os._exit(1)
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def epoch_generator(seed: int, epoch: int, rank: int = 0, device: Any = "cpu") -> torch.Generator:
@@ -1397,13 +1381,8 @@ class BatchSampler(Sampler):
 
     def __init__(self, count: int, batch_size: int, runtime: Runtime, seed: int) -> None:
         self.count, self.batch_size, self.runtime = count, batch_size, runtime
-        self.seed, self.epoch = seed, 0
-
-    @property
-    def share(self) -> int:
-        """Images per epoch for this process."""
-        equal = self.count // self.runtime.world_size
-        return max(equal - equal % self.batch_size, min(equal, self.batch_size))
+        self.seed, self.epoch, equal = seed, 0, count // runtime.world_size
+        self.share = max(equal - equal % batch_size, min(equal, batch_size))  # images per epoch
 
     def __len__(self) -> int:
         return math.ceil(self.share / self.batch_size)
@@ -1429,9 +1408,8 @@ def loader_options(num_workers: int | None, runtime: Runtime) -> Record:
 
 def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLoader:
     """A loader of whole batches; nothing is left to collate."""
-    batches: Any = ImageBatches(split)
     return DataLoader(
-        batches, sampler=sampler, batch_size=None, worker_init_fn=batches.start_worker, **options
+        split, sampler=sampler, batch_size=None, worker_init_fn=start_worker, **options
     )
 
 
@@ -1673,7 +1651,7 @@ class ResumeFile:
                 return
         old = self.path.with_name(self.path.name + ".old")
         os.replace(self.path, old)
-        log(f"an interrupted training was moved to {old}; --resume would have continued it")
+        log(f"an unfinished training was moved to {old}; --resume would have continued it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1753,9 +1731,6 @@ class MlflowTracker(Tracker):
             self.uri = f"sqlite:///{place}"
             self.database = Path(urllib.parse.unquote(place.split("?")[0]))  # it may have options
         mlflow.set_tracking_uri(self.uri)
-        self.client: Any = None
-        self.experiment_id = ""
-        self.known_params: dict[str, str] = {}  # of a resumed run
         self.known_steps: set[int] = set()
         self.monitor: Any = None
         self.warned = False
@@ -1845,6 +1820,9 @@ class MlflowTracker(Tracker):
         metrics = f"{part}/accuracy {part}/accuracy_tta time/train_s memory/peak_mb"
         params = "epochs run_effective_batch run_peak_lr run_amp_dtype run_compile seed"
         search, order = "", "attributes.start_time"
+        if mode == "evaluate":
+            metrics = f"{part}/accuracy {part}/accuracy_tta {part}/loss calibration/ece"
+            params = "model_path dataset tta run_amp_dtype run_compile"
         if mode == "benchmark":  # sorted by a metric, the table shows child runs below their parent
             search, order = "tags.task = 'benchmark'", "metrics.`ratio/training`"
             metrics = "ratio/training speed/train_img_s memory/peak_mb infer/photo_ms"
@@ -1936,10 +1914,8 @@ class MlflowTracker(Tracker):
                 input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
                 pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in packages],
             )
-        log(
-            f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow models "
-            f"serve --env-manager local --port 5001 -m {stored.model_uri}"
-        )
+        serve = f"mlflow models serve --env-manager local --port 5001 -m {stored.model_uri}"
+        log(f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} {serve}")
 
     def close(self, status: str) -> None:
         self.send(self.store_status, status=status)
@@ -2012,18 +1988,16 @@ TEMPERATURE_PRIOR = 10.0  # weight of the usual temperature, in nats per squared
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Brings a matrix's singular values above 1/50 of its norm to between 0.68 and 1.2.
 
-    Three Newton-Schulz steps (Jordan 2024, kellerjordan.github.io/posts/muon), taken on the small
-    Gram matrix of the rows and applied to the rows once: just as exact in half the time.
+    Three Newton-Schulz steps (Jordan 2024, kellerjordan.github.io/posts/muon), taken on the Gram
+    matrix of the rows and applied to the rows once: just as exact in half the time.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
-    gram, identity = wide @ wide.T, torch.eye(len(wide), device=wide.device)
+    scaled = matrix / (matrix.norm() + 1e-7)
+    gram, identity = scaled @ scaled.T, torch.eye(len(scaled), device=scaled.device)
     steps = identity
     for _ in range(3):
         step = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         steps, gram = step @ steps, step @ gram @ step
-    wide = steps @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return steps @ scaled
 
 
 class Muon(torch.optim.Optimizer):
@@ -2089,14 +2063,11 @@ class Meter:
 
     def timed(self, loader: Iterable) -> Iterator[Any]:
         """The loader's batches; adds up the time spent waiting for them."""
-        batches = iter(loader)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
+        batches, started = iter(loader), time.perf_counter()
+        for batch in batches:
             self.wait_seconds += time.perf_counter() - started
-            if batch is None:
-                return
             yield batch
+            started = time.perf_counter()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.sums[0] += loss.detach() * len(labels)
@@ -2233,10 +2204,9 @@ class Evaluation(NamedTuple):
         times, cells = wrong.flatten().topk(3)
         pairs = []
         for number, cell in zip(times.int().tolist(), cells.tolist(), strict=True):
+            true, answer = divmod(cell, count)
             if number:
-                pairs.append(
-                    f"{class_names[cell // count]} as {class_names[cell % count]} {number}x"
-                )
+                pairs.append(f"{class_names[true]} as {class_names[answer]} {number}x")
         lines.append(f"  most confused: {', '.join(pairs) or 'none'}")
         return "\n".join(lines)
 
@@ -2279,7 +2249,7 @@ def evaluate(
 
     The loss is for the plain view, without smoothing or temperature. The expected calibration
     error is for the answers (with `tta`) at `temperature`, or with `fit` at the best temperature,
-    over 15 equal bins of confidence. UserError if the network gives NaN.
+    over 15 equal bins of confidence. UserError if the loss is not finite.
     """
     started, classes, plain, answers = time.perf_counter(), len(data.class_names), [], []
     net.eval()
@@ -2296,7 +2266,7 @@ def evaluate(
     plain_logits, answer_logits = torch.cat(plain), torch.cat(answers)
     loss = runtime.sum(F.cross_entropy(plain_logits, truth, reduction="sum").to(runtime.device))
     if not loss.isfinite():
-        raise UserError("the network's answers are no longer finite: try a lower --lr or --no-amp")
+        raise UserError("the network's answers are not finite: train with a lower --lr or --no-amp")
     if fit:
         temperature = fit_temperature(answer_logits, truth, temperature, runtime)
     confidence, answer = (answer_logits / temperature).softmax(1).max(1)
@@ -2331,7 +2301,6 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     milliseconds: float = 0.0  # its share of its batch's time
-    animated: bool = False
     views: tuple[Tensor, ...] = field(default=(), repr=False)  # that the network saw, (3, S, S)
 
     def line(self) -> str:
@@ -2368,11 +2337,8 @@ class Predictor:
     def answer(self, batch: list[Prediction], tta: bool) -> Tensor:
         """Probabilities (N, classes) of pictures with different numbers of views."""
         found = torch.zeros(len(batch), len(self.saved.class_names))
-        groups: dict[int, list[int]] = {}
-        for row, picture in enumerate(batch):
-            groups.setdefault(len(picture.views), []).append(row)
-        groups.pop(0, None)  # unreadable
-        for rows in groups.values():
+        for count in {len(picture.views) for picture in batch} - {0}:  # 0: unreadable
+            rows = [row for row, picture in enumerate(batch) if len(picture.views) == count]
             same_kind = zip(*(batch[row].views for row in rows), strict=True)
             found[rows] = self.probabilities([torch.stack(views) for views in same_kind], tta)
         if not found.isfinite().all():
@@ -2392,7 +2358,7 @@ class Predictor:
             except UserError as error:
                 return Prediction(source, error=str(error))
             views = tuple(to_pixels(view) for view in photo_views(image, tta, self.saved.flip))
-            return Prediction(source, animated=image.info.get("animated", False), views=views)
+            return Prediction(source, views=views)
 
         names, remaining = self.saved.class_names, iter(sources)
         started, chunk = time.perf_counter(), list(itertools.islice(remaining, PREDICTION_BATCH))
@@ -2540,21 +2506,16 @@ class Training:
     def adopt_weights(self, model: CifarNet, path: Path) -> None:
         """Loads --init-from's weights; UserError if that model may have seen held-out images."""
         data, holdout = self.data, self.config.data.holdout
-        try:
-            saved = load_model(path)
-        except UserError as error:
-            raise UserError(f"--init-from: {error}") from None
+        saved = load_model(path)
         same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
         if holdout and same_data and saved.train_digest != data.train.digest:
             reason = f"may have been trained on images of --holdout {holdout}"
             raise UserError(f"--init-from {path}: {reason}; use a model trained with that flag")
         known = {name: row for row, name in enumerate(saved.class_names)}
         rows = {row: known[name] for row, name in enumerate(data.class_names) if name in known}
-        try:
-            model.adopt(saved.model, rows)
-        except RuntimeError:
-            width = saved.settings["width"]
-            raise UserError(f"--init-from {path}: its width differs; add --width {width}") from None
+        if (width := saved.model.head.in_features // 4) != self.recipe.width:
+            raise UserError(f"--init-from {path}: its width differs; add --width {width}")
+        model.adopt(saved.model, rows)
 
     def evaluate(self) -> Evaluation:
         """Evaluates the current weights; with TTA after the last epoch only."""
@@ -2638,9 +2599,9 @@ def train_seed(
             memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)
         evaluation = evaluation or training.evaluate()  # resumed after the last epoch
-        took = duration(sum(each["seconds"] for each in history))
+        seconds = sum(each["seconds"] for each in history)
         result = evaluation.record(name) | {
-            "train_seconds": sum(each["seconds"] for each in history),
+            "train_seconds": seconds,
             "evaluation_seconds": evaluation.seconds,
             "total_seconds": time.perf_counter() - began,
             "compile_seconds": training.report.seconds,
@@ -2649,7 +2610,10 @@ def train_seed(
             "skipped_updates": state.skipped,
             "peak_memory_mb": runtime.peak_memory_mb(),
         }
-        text, path = f"{evaluation.headline(name)} after {epochs} epochs in {took}", None
+        text, path = (
+            f"{evaluation.headline(name)} after {epochs} epochs in {duration(seconds)}",
+            None,
+        )
         if keep:
             path = training.save(evaluation.temperature, result)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
@@ -2674,7 +2638,7 @@ def train_seeds(config: Config, data: ImageData, runtime: Runtime) -> list[Recor
     with open_tracker(config, runtime) as parent:
         parent.log_settings({}, data)
         for seed in range(first, first + repeats):
-            one = replace(config, train=replace(config.train, seed=seed, repeats=1))
+            one = config.change(seed=seed, repeats=1)
             results.append(train_seed(one, data, runtime, seed == first, parent))
         for key in (f"{name}_accuracy", f"{name}_accuracy_tta", "train_seconds"):
             values = [result[key] for result in results if result[key] is not None]
@@ -2778,8 +2742,6 @@ def run_predict(config: Config, runtime: Runtime) -> int:
             log(f"{answer.image}: {answer.error}")
             emit({"image": answer.image, "error": answer.error}, "", config, runtime)
             continue
-        if answer.animated:
-            log(f"{answer.image}: animated; the answer is for its first frame")
         keys = ("image", "label", "confidence", "top", "milliseconds")
         record = {key: getattr(answer, key) for key in keys}
         emit(record, answer.line(), config, runtime)
@@ -2840,12 +2802,11 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
     """Sends a configuration's timings, memory and settings to the parent process."""
     amp, usual = "mixed_precision" in chosen and config.run.amp, "data_loading" not in chosen
-    run = replace(config.run, mode="train", amp=amp, compile="compile" in chosen)
     # The same work for all: full size, no cutout, no bars, which the baseline loader lacks.
-    recipe = replace(config.recipe, start_size=IMAGE_SIZE, cutout=0, letterbox_share=0.0)
-    config = replace(config, run=run, recipe=recipe)
+    work: Record = {"start_size": IMAGE_SIZE, "cutout": 0, "letterbox_share": 0.0}
+    config = config.change(mode="train", amp=amp, compile="compile" in chosen, **work)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
-    with open_runtime(run) as runtime, tempfile.TemporaryDirectory() as folder:
+    with open_runtime(config.run) as runtime, tempfile.TemporaryDirectory() as folder:
         data, device = load_data(config.data), runtime.device
         count = (100 if device.type == "cuda" else 12) * config.train.batch_size
         some = data.train.take(torch.arange(count) % len(data.train))
@@ -2882,7 +2843,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         noise.convert("RGB").save(photo)  # about as detailed as a real photo
         save_model(file, model, data, config, 1.0, {})
         images = data.train.images[torch.arange(64) % len(data.train)]
-        predictor = cached_model(file, str(device), amp, bool(run.compile))
+        predictor = cached_model(file, str(device), amp, bool(config.run.compile))
         predictor.saved.model.to(memory_format=layout)  # type: ignore[call-overload]
         works = {
             "photo": lambda: list(predictor.predict([photo], tta=False)),
@@ -2967,12 +2928,11 @@ class Benchmark:
 
     def check(self, name: str, difference: Tensor, most: float) -> None:
         """A self-check: the largest difference from the reference, and the largest allowed."""
-        row = {"event": "check", "name": name, "passed": bool(difference <= most)}
-        self.checks.append(
-            row | {"difference": float(difference) if difference.isfinite() else None}
-        )
+        row: Record = {"event": "check", "name": name, "passed": bool(difference <= most)}
+        row["difference"] = float(difference) if difference.isfinite() else None
+        self.checks.append(row)
         text = f"{name:<16} {'pass' if row['passed'] else 'FAIL'} (difference {difference:.2g})"
-        emit(self.checks[-1], f"check      {text}", self.config, self.runtime)
+        emit(row, f"check      {text}", self.config, self.runtime)
 
     def check_all(self) -> None:
         """Checks accumulation, mixed precision, prediction and compiling against plain float32."""
@@ -3034,22 +2994,6 @@ class Benchmark:
             f"{f'FAILED: {failed}' if failed else 'all passed'}."
         )
 
-    def figure(self) -> Any:
-        """A matplotlib figure: bars of the speed relative to the baseline, a panel per measure."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(14, 7), layout="constrained")
-        figure.suptitle("Speed relative to the baseline")
-        panels = figure.subplots(2, 3).flat
-        for axes, (measure, (title, *_)) in zip(panels, MEASURES.items(), strict=True):
-            ratios = {row["name"]: row["ratio"] for row in self.rows if row["measure"] == measure}
-            bars = axes.barh([name.replace("_", " ") for name in ratios], list(ratios.values()))
-            axes.bar_label(bars, fmt="%.2fx", padding=3)
-            axes.axvline(1, color="black", linewidth=0.8)
-            axes.set(title=title, xlim=(0, 1.2 * max(ratios.values())))
-            axes.invert_yaxis()
-        return figure
-
 
 def run_benchmark(config: Config, runtime: Runtime) -> int:
     """What each optimization gains on this machine, and whether results stay the same."""
@@ -3072,20 +3016,13 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
             for row in benchmark.add(name, found):
                 metrics[MEASURES[row["measure"]][1]] = row["value"]
                 metrics[f"ratio/{row['measure']}"] = row["ratio"]
-            tracking = replace(config.tracking, run_name=name.replace("_", " "))
-            child = replace(config, tracking=tracking)
+            child = config.change(run_name=name.replace("_", " "))
             with open_tracker(child, runtime, parent=parent) as tracker:
                 tracker.log_settings(found[-1], data)
                 tracker.log_metrics(metrics)
-        table, chart = benchmark.table(), f"{config.data.name}_benchmark.png"
+        table = benchmark.table()
         emit({}, f"\n{table}", config, runtime)
-        try:
-            benchmark.figure().savefig(chart)
-            log(f"bar chart: {chart}")
-        except (ImportError, OSError) as error:
-            log(f"no bar chart: {first_line(error)}")
-        files = {"benchmark.md": lambda: table, "benchmark.png": benchmark.figure}
-        parent.log_outcome(table, files)
+        parent.log_outcome(table, {"benchmark.md": lambda: table})
     return 0 if all(check["passed"] for check in benchmark.checks) else 1
 
 
@@ -3103,12 +3040,12 @@ def explain(error: Exception, config: Config) -> str | None:
         case ModuleNotFoundError():
             return f"{error}: pip install -r requirements.txt"
         case RuntimeError() if "DataLoader worker" in str(error):
-            command = command_line(config, num_workers=0, resume=True)
+            command = command_line(config, num_workers=0, resume=config.resumable)
             return f"{first_line(error)}; memory or /dev/shm ran out: continue with {command}"
         case RuntimeError() if isinstance(error, torch.OutOfMemoryError) or "allocat" in str(error):
             half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
-            return f"out of memory; training needs less for the same effective batch: {flags}"
+            return f"out of memory; training needs less with {flags}"
         case RuntimeError() if isinstance(error, dist.DistError) or "gloo" in str(error):
             return f"lost another process, whose own error comes first: {first_line(error)}"
         case OSError() if error.errno in known:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import struct
 import subprocess
 import sys
@@ -24,23 +25,10 @@ import classifier  # noqa: E402
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # Digits and a narrow network: a training of these takes about a second.
-TINY = [
-    "--dataset",
-    "digits",
-    "--width",
-    "8",
-    "--limit-images",
-    "320",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "32",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-    "--no-mlflow",
-]
+TINY = shlex.split(
+    "--dataset digits --width 8 --limit-images 320 --epochs 2 --batch-size 32 --num-workers 0 "
+    "--device cpu --no-mlflow"
+)
 
 
 def run(capsys, *argv):
@@ -129,6 +117,7 @@ def pytest_collection_modifyitems(config, items):
 def own_folder(tmp_path, monkeypatch):
     """Each test in a folder of its own, without what the caller's environment says about MLflow."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name in list(os.environ):
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
@@ -142,16 +131,15 @@ def cpu():
     return classifier.Runtime(torch.device("cpu"))
 
 
-def write_tiny_cifar(root: Path, per_file: int = 10) -> dict[str, str]:
+def write_tiny_cifar(root: Path) -> dict[str, str]:
     """60 images in CIFAR-10's file format, each class a colour; the files' md5 sums."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng, sums = np.random.default_rng(0), {}
     for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
-        labels = [number % 10 for number in range(per_file)]
-        colours = np.array([[25 * label, 255 - 25 * label, 128] for label in labels]).repeat(
-            1024, 1
-        )
+        labels = list(range(10))
+        colours = np.array([[25 * label, 255 - 25 * label, 128] for label in labels])
+        colours = colours.repeat(1024, 1)
         data = (colours + rng.integers(-20, 20, colours.shape)).clip(0, 255).astype(np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
@@ -179,24 +167,8 @@ def tiny_cifar(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """A model file of digits, trained for a moment."""
     path = tmp_path_factory.mktemp("trained") / "model.pth"
-    assert (
-        classifier.main(
-            [
-                "--mode",
-                "train",
-                *TINY,
-                "--epochs",
-                "15",
-                "--cutout",
-                "0",
-                "--letterbox-share",
-                "0",
-                "--model-path",
-                str(path),
-            ]
-        )
-        == 0
-    )
+    flags = ["--epochs", "15", "--cutout", "0", "--letterbox-share", "0"]
+    assert classifier.main(["--mode", "train", *TINY, *flags, "--model-path", str(path)]) == 0
     return path
 
 

@@ -29,15 +29,6 @@ def test_round_trip(trained):
     assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8}
 
 
-def test_statistics_travel_with_the_file(trained, tmp_path):
-    saved = torch.load(trained, weights_only=True)
-    saved["weights"]["pixel_mean"] += 0.1
-    torch.save(saved, tmp_path / "other.pth")
-    images = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
-    logits = [load_model(path).model(images) for path in (tmp_path / "other.pth", trained)]
-    assert not torch.equal(*logits)
-
-
 def test_order_of_an_atomic_save(tmp_path, monkeypatch):
     """Written beside, flushed, then moved."""
     calls = []
@@ -55,9 +46,14 @@ def test_order_of_an_atomic_save(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+    "error,raised",
+    [
+        (OSError(28, "No space left on device"), UserError),
+        (RuntimeError("PytorchStreamWriter failed"), UserError),
+        (classifier.Stopped(15), classifier.Stopped),
+    ],
 )
-def test_a_failing_save_leaves_the_old_file_whole(tmp_path, monkeypatch, error):
+def test_a_failing_save_leaves_the_old_file_whole(tmp_path, monkeypatch, error, raised):
     path = tmp_path / "file.pth"
     save_atomically({"a": 1}, path)
 
@@ -66,20 +62,9 @@ def test_a_failing_save_leaves_the_old_file_whole(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(raised, match="could not be written|SIGTERM"):
         save_atomically({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1} and os.listdir(tmp_path) == ["file.pth"]
-
-
-def test_a_signal_while_saving_leaves_nothing_beside(tmp_path, monkeypatch):
-    def stop(_payload, file):
-        file.write(b"half")
-        raise classifier.Stopped(15)
-
-    monkeypatch.setattr(torch, "save", stop)
-    with pytest.raises(classifier.Stopped):
-        save_atomically({"a": 2}, tmp_path / "file.pth")
-    assert os.listdir(tmp_path) == []
 
 
 class Evil:
@@ -87,34 +72,9 @@ class Evil:
         return os.mkdir, ("ran",)
 
 
-def write_evil_old(path):
-    path.write_bytes(pickle.dumps(Evil()))
-
-
-def write_evil_zip(path):
-    torch.save({"format_version": MODEL_FORMAT, "weights": Evil()}, path)
-    assert zipfile.is_zipfile(path)
-
-
-def write_evil_legacy(path):
+def write_legacy(path):
     payload = {"format_version": MODEL_FORMAT, "weights": Evil()}
     torch.save(payload, path, _use_new_zipfile_serialization=False)
-
-
-def write_state_dict(path):
-    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
-
-
-def write_other_keys(path):
-    torch.save({"format_version": MODEL_FORMAT, "weights": {}, "class_names": ["a"]}, path)
-
-
-def write_future(path):
-    torch.save({"format_version": 99, "weights": {}}, path)
-
-
-def write_no_version(path):
-    torch.save({"format_version": torch.zeros(2), "weights": {}}, path)
 
 
 def refusal(capsys, mode, path):
@@ -127,39 +87,32 @@ def refusal(capsys, mode, path):
     return told[0]
 
 
-@pytest.mark.parametrize(
-    "write,words",
-    [
-        (lambda path: None, "no such model"),
-        (lambda path: path.mkdir(), "cannot be read|directory"),
-        (lambda path: path.write_bytes(b""), "damaged or not a model file"),
-        (lambda path: path.write_text("hello"), "damaged or not a model"),
-        (write_evil_old, "damaged or not a model file"),
-        (write_evil_zip, "damaged or not a model file"),
-        (write_evil_legacy, "damaged or not a model file"),
-        (write_state_dict, "not a file of this program"),
-        (write_other_keys, "damaged: it lacks '"),
-        (write_future, "another version"),
-        (write_no_version, "not a file of this program"),
-    ],
-    ids=[
-        "missing",
-        "folder",
-        "empty",
-        "text",
-        "evil old",
-        "evil zip",
-        "evil legacy",
-        "foreign",
-        "keys",
-        "future",
-        "version",
-    ],
-)
+VERSION = {"format_version": MODEL_FORMAT}
+BAD = {  # what is at the path: bytes, what torch saved, or what a function made; and the message
+    "missing": (lambda path: None, "no such model"),
+    "folder": (lambda path: path.mkdir(), "cannot be read|directory"),
+    "empty": (b"", "damaged or not a model file"),
+    "text": (b"hello", "damaged or not a model"),
+    "evil pickle": (pickle.dumps(Evil()), "damaged or not a model file"),
+    "evil zip": (VERSION | {"weights": Evil()}, "damaged or not a model file"),
+    "evil legacy": (write_legacy, "damaged or not a model file"),
+    "foreign": (torch.nn.Linear(2, 2).state_dict(), "not a file of this program"),
+    "keys": (VERSION | {"weights": {}, "class_names": ["a"]}, "damaged: it lacks '"),
+    "future": ({"format_version": 99, "weights": {}}, "another version"),
+    "version": ({"format_version": torch.zeros(2)}, "not a file of this program"),
+}
+
+
+@pytest.mark.parametrize("content,words", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("mode", ["evaluate", "predict"])
-def test_a_bad_model_file_is_one_clear_line(tmp_path, capsys, write, words, mode):
+def test_a_bad_model_file_is_one_clear_line(tmp_path, capsys, content, words, mode):
     path = tmp_path / "model.pth"
-    write(path)
+    if callable(content):
+        content(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
     assert re.search(words, refusal(capsys, mode, path))
     assert not (tmp_path / "ran").exists()
 
@@ -179,11 +132,12 @@ def small(tmp_path_factory, trained):
 def crafted(small, tmp_path):
     """A function that writes the small model's file with some of it changed."""
 
-    def write(weights=(), settings=(), **changes):
+    def write(**changes):
         saved = torch.load(small, weights_only=True)
-        saved["weights"] |= dict(weights)
-        saved["settings"] |= dict(settings)
-        torch.save(saved | changes, tmp_path / "crafted.pth")
+        for name, value in changes.items():
+            merge = name in ("weights", "settings") and isinstance(value, dict)
+            saved[name] = saved[name] | value if merge else value
+        torch.save(saved, tmp_path / "crafted.pth")
         return tmp_path / "crafted.pth"
 
     return write
@@ -222,6 +176,8 @@ IMPOSSIBLE = {
     "weights sparse": {"weights": {"head.weight": torch.zeros(2, 4).to_sparse()}},
     "weights NaN": {"weights": {"head.weight": torch.full((2, 4), math.nan)}},
     "weights text": {"weights": {"head.weight": "x"}},
+    "weights list": {"weights": ["x"]},
+    "settings list": {"settings": ["x"]},
     "weights more": {"weights": {"more": torch.zeros(1)}},
 }
 
@@ -234,15 +190,6 @@ def test_what_no_training_writes_is_one_clear_line(crafted, capsys, changes):
         load_model(path)
     for mode in ("evaluate", "predict"):
         assert "is damaged" in refusal(capsys, mode, path)
-
-
-def test_settings_and_weights_that_are_no_dicts(trained, tmp_path, capsys):
-    saved = torch.load(trained, weights_only=True)
-    for name in ("settings", "weights"):
-        path = tmp_path / f"{name}.pth"
-        torch.save(saved | {name: ["x"]}, path)
-        for mode in ("evaluate", "predict"):
-            assert "is damaged" in refusal(capsys, mode, path)
 
 
 def test_answers_that_are_not_finite_are_one_line(crafted, tmp_path, capsys):

@@ -104,11 +104,10 @@ def test_a_batch_is_what_its_indices_say():
         assert torch.equal(images[:, 0, 0, 0], (indices * 12).to(torch.uint8))
 
 
-def order_of(seed, epoch):
-    return tuple(torch.cat([batch[2] for batch in batches(0, epoch, seed)]).tolist())
-
-
 def test_order_depends_on_seed_and_epoch():
+    def order_of(seed, epoch):
+        return tuple(torch.cat([batch[2] for batch in batches(0, epoch, seed)]).tolist())
+
     orders = {order_of(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4 and order_of(0, 0) in orders
 
@@ -325,13 +324,6 @@ def test_the_default_ends_with_the_official_server():
     assert all(url.startswith("https://") for url in DataSettings().data_url)
 
 
-def test_missing_cifar_names_the_three_ways_out(tiny_cifar, tmp_path):
-    with pytest.raises(UserError) as error:
-        load_data(cifar(tmp_path / "elsewhere"))
-    for words in ("cifar-10-python.tar.gz", "--data-dir", "--data-url", "--dataset digits"):
-        assert words in str(error.value)
-
-
 def test_tarball_already_there_needs_no_network(tarball):
     assert len(load_data(cifar(tarball.parent)).train) == 50
     assert (tarball.parent / "cifar-10-batches-py" / "data_batch_1").exists() and tarball.exists()
@@ -371,8 +363,7 @@ def test_a_server_that_refuses_the_connection(server, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["silent", "stall"])
 def test_silence_ends_a_try(server, tmp_path, monkeypatch, capsys, name):
-    assert classifier.MIRROR_SILENCE == 30
-    monkeypatch.setattr(classifier, "MIRROR_SILENCE", 0.2)
+    monkeypatch.setattr(classifier, "MIRROR_SILENCE", 1.0)
     assert images_from(server, tmp_path / "new", name, "good.tar.gz") == 50
     assert "timed out" in capsys.readouterr().err
 

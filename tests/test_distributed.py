@@ -87,11 +87,6 @@ def wait_for(condition):
     raise AssertionError("waited in vain")
 
 
-def next_epoch(started):
-    before = len(started.epochs())
-    wait_for(lambda: len(started.epochs()) > before)
-
-
 def without_gaps(epochs):
     """Every epoch is there; one that a kill hit may be there twice."""
     steps = {after - before for before, after in zip(epochs, epochs[1:], strict=False)}
@@ -123,7 +118,18 @@ def train_with_fixed_statistics(*argv):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    plain = ["--shift", 0, "--cutout", 0, "--letterbox-share", 0, "--no-flip", "--lr", 0.01]
+    plain = [
+        "--shift",
+        0,
+        "--cutout",
+        0,
+        "--letterbox-share",
+        0,
+        "--no-flip",
+        "--lr",
+        0.01,
+        "--no-amp",
+    ]
     flags = ["train_with_fixed_statistics", *TINY, *plain, "--model-path"]
     for launcher, batch, name in (([], 64, "one.pth"), (TWO, 32, "two.pth")):
         more = [name, "--batch-size", batch]
@@ -134,10 +140,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def digits(count, **changes):
-    return classifier.load_data(
-        classifier.DataSettings(dataset="digits", limit_images=count, **changes)
-    )
+def digits(count):
+    return classifier.load_data(classifier.DataSettings(dataset="digits", limit_images=count))
 
 
 def buffers(runtime):
@@ -308,7 +312,8 @@ def test_torchrun_restarts_what_was_killed(tmp_path, straight):
     run = Started(tmp_path, *flags, "--json", "--resume", launcher=launcher)
     draw = random.Random(0)
     for _ in range(3):
-        next_epoch(run)
+        before = len(run.epochs())
+        wait_for(lambda before=before: len(run.epochs()) > before)
         time.sleep(draw.uniform(0, 0.5))
         draw.choice(run.ranks()).kill()
     assert run.agent.wait(600) == 0, run.err()
@@ -436,9 +441,4 @@ def test_compiled_under_torchrun(tmp_path):
     one_shape = ["--epochs", 1, "--start-size", 32]
     done = torchrun(tmp_path, "--mode", "train", *TINY, *one_shape, "--compile")
     assert done.returncode == 0, done.stderr
-    assert "compiled: True" in done.stderr or "torch.compile failed" in done.stderr
-
-
-def test_predict_says_that_it_runs_in_one_process(tmp_path, trained):
-    done = torchrun(tmp_path, "--mode", "predict", "--model-path", trained, "--image", "x.png")
-    assert done.returncode != 0 and "runs in one process" in done.stderr
+    assert classifier.load_model(tmp_path / "digits_model.pth").dataset == "digits"

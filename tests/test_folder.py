@@ -181,12 +181,6 @@ def test_a_folder_that_cannot_be_read_is_said(pets, monkeypatch):
         load(pets)
 
 
-def test_an_impossible_dataset_is_exit_2(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        classifier.parse_config(["--dataset", "no such folder"])
-    assert stopped.value.code == 2 and "--dataset" in capsys.readouterr().err
-
-
 # --------------------------------------------------------------------------------------------------
 # Training and test pictures
 # --------------------------------------------------------------------------------------------------
@@ -221,28 +215,6 @@ def test_the_split_depends_on_names_alone(pets):
     assert load(moved).evaluation.digest == before.evaluation.digest
 
 
-def test_a_growing_folder_keeps_its_test_pictures(pets):
-    before = load(pets)
-    for number in range(20, 40):
-        picture("white", number).save(pets / "ünï" / f"{number}.png")
-    after = load(pets)
-    assert len(after.train) + len(after.evaluation) == 50
-    assert not set(pixels_of(before.train)) & set(pixels_of(after.evaluation))
-
-
-def test_a_limit_tests_a_seeded_sample_of_all_classes(tmp_path):
-    for name in "abcd":
-        (tmp_path / "four" / name).mkdir(parents=True)
-        for number in range(100):
-            noise(8 + number % 5, 9).save(tmp_path / "four" / name / f"{number}.png")
-    whole = load(tmp_path / "four")
-    data, again = (load(tmp_path / "four", limit_images=100) for _ in range(2))
-    assert (len(data.train), len(data.evaluation)) == (100, 20)
-    assert len(counts(data.evaluation)) == 4 and min(counts(data.evaluation)) > 0
-    assert data.evaluation.digest == again.evaluation.digest
-    assert set(pixels_of(data.evaluation)) <= set(pixels_of(whole.evaluation))
-
-
 def test_train_and_test_folders(pets):
     (pets / "train").mkdir()
     for name in PETS:
@@ -259,20 +231,15 @@ def test_train_and_test_folders(pets):
         load(pets)
 
 
-def move_up(folder):
-    """All pictures of a class folder lie in it, none below it."""
-    for path in (folder / "more").iterdir():
-        path.rename(folder / path.name)
-    (folder / "more").rmdir()
-
-
 @pytest.mark.parametrize("below", [None, ".thumbnails", "more"])
 def test_a_class_may_be_called_train(pets, below):
     """Also if there are folders in it, next to its own pictures."""
     (pets / "ünï").rename(pets / "train")
     (pets / "cat 10").rename(pets / "test")
     if below != "more":
-        move_up(pets / "train")
+        for path in (pets / "train" / "more").iterdir():
+            path.rename(pets / "train" / path.name)
+        (pets / "train" / "more").rmdir()
     if below:
         (pets / "train" / below).mkdir(exist_ok=True)
     data = load(pets)
@@ -294,12 +261,6 @@ def test_a_second_load_reads_no_picture(pets, reads):
     assert len(reads) == 30 and len(set(reads)) == 30
     assert same_data(load(pets), first) and len(reads) == 30
     assert len(list((pets.parent / "data").glob("*.cache"))) == 2
-
-
-def test_evaluation_does_not_read_the_training_pictures(pets, reads, tmp_path):
-    data = load(pets, training=False)
-    assert len(reads) == len(data.evaluation) < 10 and len(data.train) == 0
-    assert load(pets, data_dir="new").evaluation.digest == data.evaluation.digest
 
 
 @pytest.mark.parametrize("change", ["content", "date", "add", "remove", "rename", "label"])
@@ -365,7 +326,7 @@ def test_folders_of_the_same_name_have_their_own_caches(pets, reads, tmp_path):
     assert same_data(load(pets), first) and same_data(load(other), second) and len(reads) == 60
 
 
-def test_what_could_not_be_read_is_tried_again(pets, monkeypatch, capsys):
+def test_what_could_not_be_read_is_tried_again(pets, monkeypatch):
     """The reason may be gone, and the file's date and size the same."""
     real = classifier.read_image
 
@@ -479,9 +440,8 @@ def test_evaluate_reads_the_test_pictures_only(pets, reads, capsys):
     assert code == 0 and len(reads) == len(load(pets).evaluation)
 
 
-@pytest.mark.parametrize("count", [2, 100])
-def test_two_classes_or_a_hundred(tmp_path, count, capsys):
-    for number in range(count):
+def test_a_hundred_classes(tmp_path, capsys):
+    for number in range(100):
         folder = tmp_path / "many" / f"class {number}"
         folder.mkdir(parents=True)
         for each in range(2):
@@ -489,34 +449,20 @@ def test_two_classes_or_a_hundred(tmp_path, count, capsys):
     assert run(capsys, "--mode", "train", *QUICK, "--dataset", tmp_path / "many")[0] == 0
     flags = ("--model-path", "many_model.pth", "--json", "--no-mlflow")
     code, out, _ = run(capsys, "--mode", "evaluate", *flags)
-    assert code == 0 and list(rows(out)[0]["per_class"]) == [f"class {n}" for n in range(count)]
+    assert code == 0 and list(rows(out)[0]["per_class"]) == [f"class {n}" for n in range(100)]
 
 
-@pytest.fixture
-def latin(pets):
-    """The pets with a class whose name is no UTF-8."""
+def test_class_names_that_are_no_utf8(pets, capsys):
     try:
         os.rename(os.fsencode(pets / "ünï"), os.fsencode(pets) + b"/caf\xe9")
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
-    return pets
-
-
-def test_class_names_that_are_no_utf8(latin, capsys):
-    code, out, err = run(capsys, "--mode", "train", *QUICK, "--dataset", latin, "--json")
+    code, out, err = run(capsys, "--mode", "train", *QUICK, "--dataset", pets, "--json")
     assert code == 0, err
     flags = ("--model-path", "my pets_model.pth", "--json", "--no-mlflow")
     code, out, _ = run(capsys, "--mode", "evaluate", *flags)
     names = list(rows(out)[0]["per_class"])
     assert code == 0 and len(names) == 3 and "\n".join(names).encode() and names[0][:3] == "caf"
-
-
-@pytest.mark.slow
-def test_mlflow_takes_class_names_that_are_no_utf8(latin, tmp_path, capsys):
-    code, _, err = run(capsys, "--mode", "train", *QUICK[:-1], "--dataset", latin)
-    client, _, (found,) = runs_of(tmp_path / "mlflow.db", "my pets")
-    files = {file.path for file in client.list_artifacts(found.info.run_id)}
-    assert code == 0 and {"confusion_matrix.png", "per_class.json"} <= files, err
 
 
 @pytest.mark.slow
@@ -563,4 +509,4 @@ def test_init_from_another_network_says_which_flags(pets, trained, capsys):
     code, _, err = run(capsys, *flags, "--width", "16", "--init-from", trained)
     assert code == 1 and "--width 8" in err.splitlines()[-1]
     code, _, err = run(capsys, *flags, "--init-from", "missing.pth")
-    assert code == 1 and "--init-from: missing.pth" in err.splitlines()[-1]
+    assert code == 1 and "missing.pth: no such model" in err.splitlines()[-1]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import classifier
-from classifier import MAX_PIXELS, MAX_SCANS, UserError, jpeg_scans, predict, read_image
-from conftest import ROOT, bomb, encoded, noise, rows, run
+from classifier import MAX_PIXELS, MAX_SCANS, UserError, jpeg_scans, read_image
+from conftest import ROOT, encoded, noise, rows
 
 MODES = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I"]
 READ = ["AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"]
@@ -270,39 +269,6 @@ def test_small_files_do_not_unpack_to_more_than_their_picture(answered):
         read_image(tiled_tiff(5120))
     with pytest.raises(UserError, match="run-length"):
         read_image(run_length_bmp(4_000, 5, b"\1\0\0\0"))
-
-
-def test_bombs(answered):
-    for data in (bomb(), bomb(7000, 4000)):
-        assert not answered(data)
-
-
-def test_a_folder_of_everything(trained, tmp_path, capsys):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for number in range(3):
-        noise(20, 20).save(folder / f"good {number}.png")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("hello")
-    (folder / "jpeg.png").write_bytes(encoded(noise(20, 20), "JPEG"))
-    (folder / "folder.png").mkdir()
-    (folder / "dangling.png").symlink_to(tmp_path / "nowhere")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-    os.mkfifo(folder / "pipe.png")
-    (folder / "zero.png").symlink_to("/dev/zero")
-    names = [folder, folder / "folder.png"]
-    flags = ["--mode", "predict", "--model-path", trained, "--json", "--image"]
-    code, out, _ = run(capsys, *flags, *names)
-    assert code == 1
-    found = {Path(row["image"]).name: row for row in rows(out)}
-    good = {name for name, row in found.items() if "label" in row}
-    assert good == {*(f"good {number}.png" for number in range(3)), "jpeg.png"}
-    assert len(found) == 11
-
-
-def test_bytes_of_any_kind_are_answered_or_refused(trained):
-    for answer in predict([b"", b"\xff\xd8\xff", b"x", CORPUS["PNG 1"]], model_path=trained):
-        assert bool(answer.error) is not bool(answer.label)
 
 
 def peak_megabytes(tmp_path, trained, paths):

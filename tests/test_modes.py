@@ -20,7 +20,7 @@ import classifier
 from classifier import Benchmark
 
 EVALUATE = ["--mode", "evaluate", "--no-mlflow", "--device", "cpu", "--model-path"]
-LITTLE = [*TINY, "--limit-images", "128"]
+LITTLE = [*TINY, "--limit-images", "128", "--no-amp"]
 TRAIN = ["--mode", "train", *LITTLE, "--epochs", "1"]
 EPOCH = """event epoch train_loss train_accuracy test_loss test_accuracy lr seconds
     images_per_second data_wait_seconds"""
@@ -90,6 +90,13 @@ def test_evaluate_refuses_another_data_set(capsys, trained, asked, own):
     assert last_line(err) == f"classifier.py: --dataset {asked}: other.pth was trained on {own}"
 
 
+def test_evaluate_refuses_other_classes(capsys, trained):
+    saved = torch.load(trained, weights_only=True)
+    torch.save(saved | {"class_names": list("abcdefghij")}, "other.pth")
+    code, _, err = run(capsys, *EVALUATE, "other.pth")
+    assert code == 1 and "has other classes" in last_line(err)
+
+
 def save_pictures(folder, count):
     """A data set of two classes with `count` pictures each, all different."""
     for number, name in enumerate(("bright", "dark")):
@@ -100,6 +107,7 @@ def save_pictures(folder, count):
 
 
 FOLDER = [*TINY, "--dataset", "pictures", "--limit-images", 0, "--epochs", 1, "--batch-size", 8]
+FOLDER += ["--no-amp"]
 
 
 def test_evaluate_holdout_measures_what_was_held_out_only(capsys):
@@ -112,17 +120,14 @@ def test_evaluate_holdout_measures_what_was_held_out_only(capsys):
         assert (code, out) == (1, "") and "was not trained on the" in last_line(err)
 
 
-def test_evaluate_holdout_of_a_model_that_saw_all_is_refused(capsys, trained):
-    code, _, err = run(capsys, *EVALUATE, trained, "--holdout", 50)
-    assert code == 1 and last_line(err).startswith("classifier.py: --holdout 50: ")
-
-
 def test_evaluate_holdout_of_a_folder_that_grew_is_refused(capsys, tmp_path):
     """Issue 18, 2: one more picture draws another holdout."""
     save_pictures(tmp_path / "pictures", 12)
     holdout = ["--holdout", 6]
-    assert run(capsys, "--mode", "train", *FOLDER, *holdout)[0] == 0
-    assert run(capsys, *EVALUATE, "pictures_model.pth", *holdout)[0] == 0
+    code, out, _ = run(capsys, "--mode", "train", *FOLDER, *holdout)
+    assert code == 0 and "  most confused: " in out
+    code, out, _ = run(capsys, *EVALUATE, "pictures_model.pth", *holdout)
+    assert code == 0 and "letterbox" in out.splitlines()[1] and "squares" in out.splitlines()[1]
     noise(50, 40).save(tmp_path / "pictures" / "dark" / "new.png")
     code, _, err = run(capsys, *EVALUATE, "pictures_model.pth", *holdout)
     assert code == 1 and "was not trained on" in last_line(err)
@@ -138,20 +143,13 @@ def test_init_from_a_model_that_saw_the_holdout_is_refused(capsys):
     assert run(capsys, *TRAIN, "--init-from", "full.pth")[0] == 0
 
 
-def test_evaluate_of_a_folder_says_whose_answer_it_measures(capsys, tmp_path):
-    """Issue 18, 3: predict looks at squares of a photo, too."""
-    save_pictures(tmp_path / "pictures", 6)
-    assert run(capsys, "--mode", "train", *FOLDER)[0] == 0
-    code, out, _ = run(capsys, *EVALUATE, "pictures_model.pth")
-    assert code == 0 and "letterbox" in out.splitlines()[1] and "squares" in out.splitlines()[1]
-
-
 def test_same_seed_same_weights(capsys):
     """However the images are loaded and whatever is reported; another seed, other weights."""
     flags = ["--num-workers", 2, "--json", "--eval-every", 0, "--no-tta"]
-    for name, more in (("a.pth", []), ("b.pth", flags), ("c.pth", ["--seed", 1])):
+    for name, more in (("a.pth", []), ("new/b.pth", flags), ("c.pth", ["--seed", 1])):
         assert run(capsys, "--mode", "train", *LITTLE, "--model-path", name, *more)[0] == 0
-    assert same(weights("a.pth"), weights("b.pth")) and not same(weights("a.pth"), weights("c.pth"))
+    assert same(weights("a.pth"), weights("new/b.pth"))
+    assert not same(weights("a.pth"), weights("c.pth"))
 
 
 def test_holdout_takes_the_test_sets_place(capsys):
@@ -234,7 +232,7 @@ def test_resume_on_another_device_is_refused(capsys, monkeypatch):
     saved = torch.load("digits_model.pth.resume", weights_only=True)
     saved["settings"] |= {"device": "cuda", "amp": "torch.float16"}
     torch.save(saved, "digits_model.pth.resume")
-    code, _, err = run(capsys, "--mode", "train", *LITTLE, "--device", "auto", "--resume")
+    code, _, err = run(capsys, "--mode", "train", *LITTLE, "--resume")
     assert code == 1 and "--device was cuda, is cpu" in last_line(err)
     assert "--amp was torch.float16, is None" in last_line(err)
 
@@ -287,7 +285,8 @@ def test_a_failed_training_leaves_the_old_model(capsys, monkeypatch):
     before = Path("digits_model.pth").read_bytes()
     monkeypatch.setattr(classifier, "orthogonalize", lambda matrix: matrix * float("nan"))
     code, _, err = run(capsys, "--mode", "train", *LITTLE)
-    assert code == 1 and "no longer finite" in last_line(err) and "--lr" in last_line(err)
+    assert code == 1 and "no longer finite (epoch 1, learning rate" in last_line(err)
+    assert "--lr" in last_line(err)
     assert Path("digits_model.pth").read_bytes() == before
 
 
@@ -295,9 +294,7 @@ def test_a_loss_that_explodes_in_the_last_update_is_one_line(capsys):
     """Issue 18, 11: training sees it no more, evaluation does."""
     code, out, err = run(capsys, *TRAIN, "--batch-size", 128, "--lr", 1e6)
     assert code == 1 and len(out.splitlines()) == 1  # the table's heading
-    assert "the network's answers are no longer finite" in last_line(err) and "--lr" in last_line(
-        err
-    )
+    assert "the network's answers are not finite" in last_line(err) and "--lr" in last_line(err)
     assert not os.path.exists("digits_model.pth")
 
 
@@ -320,20 +317,24 @@ def test_two_trainings_on_one_model_path(capsys, monkeypatch):
 def test_missing_data_is_one_line_with_the_ways_out(capsys, tmp_path):
     flags = ["--data-dir", tmp_path / "none", "--data-url", "http://127.0.0.1:9/x", "--no-mlflow"]
     code, out, err = run(capsys, *flags)
-    assert code == 1 and not out and "--dataset digits" in last_line(err)
+    assert code == 1 and not out
+    for words in ("cifar-10-python.tar.gz", "--data-dir", "--data-url", "--dataset digits"):
+        assert words in last_line(err)
     assert last_line(err).startswith("classifier.py: could not get CIFAR-10")
 
 
 def test_absent_device(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = run(capsys, "--device", "cuda", "--dataset", "digits")
-    assert (code, out, len(err.splitlines())) == (1, "", 1) and "--device cuda" in err
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "--device cuda" in err and "--device cpu" in err
 
 
 @pytest.mark.parametrize(
     "error,words",
     [
         (torch.OutOfMemoryError("CUDA"), "--batch-size 16 --accumulate-grad-steps 2"),
+        (RuntimeError("DataLoader worker (pid 7) is killed"), "continue with python"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch-size 16"),
         (OSError(28, "No space left on device", "a/file"), "a/file: No space left on device"),
     ],
@@ -354,15 +355,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(classifier, "train_epoch", broken)
     with pytest.raises(KeyError):
         classifier.main(TRAIN)
-
-
-@pytest.mark.parametrize("size", [16, 33])
-def test_a_start_size_that_the_network_cannot_take(capsys, size):
-    """Issue 18, 16: refused with the flag's name before any work."""
-    with pytest.raises(SystemExit) as stopped:
-        classifier.main([*TRAIN, "--start-size", str(size)])
-    assert stopped.value.code == 2
-    assert "--start-size: must be at least 18, at most 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["predict", "benchmark"])
@@ -455,17 +447,6 @@ def test_benchmark_table(measured_benchmark):
     assert measured_benchmark.table().endswith("Self-checks: all passed.")
 
 
-def test_benchmark_figure(measured_benchmark):
-    panels = measured_benchmark.figure().axes
-    assert [axes.get_title() for axes in panels] == [
-        title for title, *_ in classifier.MEASURES.values()
-    ]
-    for axes in panels:
-        assert [bar.get_width() for bar in axes.patches] == pytest.approx([1, 2, 0.9])
-        names = [label.get_text() for label in axes.get_yticklabels()]
-        assert names == ["baseline", "combined", "baseline again"]
-
-
 @contextmanager
 def without_processes(found):
     """`measure` gives what `found` has for a configuration, in no time."""
@@ -478,7 +459,7 @@ def without_processes(found):
 BENCHMARK = ["--mode", "benchmark", *TINY, "--json", "--no-amp"]
 
 
-def test_a_configuration_that_dies_or_does_not_compile_is_left_out(capsys, tmp_path):
+def test_a_configuration_that_dies_or_does_not_compile_is_left_out(capsys):
     def found(name, chosen):
         return None if name == "channels_last" else measured()  # `run_compile` is False in it
 
@@ -486,7 +467,7 @@ def test_a_configuration_that_dies_or_does_not_compile_is_left_out(capsys, tmp_p
         code, out, err = run(capsys, *BENCHMARK)
     names = list(dict.fromkeys(row["name"] for row in rows(out)))
     assert code == 0 and names == ["baseline", "data_loading", "combined", "baseline_again"]
-    assert "| baseline again |" in err and (tmp_path / "digits_benchmark.png").stat().st_size
+    assert "| baseline again |" in err
 
 
 def test_a_baseline_that_dies_ends_the_benchmark(capsys):
@@ -525,7 +506,6 @@ def test_benchmark(cli, tmp_path):
     assert cases <= set(training) and all(row["peak_memory_mb"] > 50 for row in training.values())
     assert len(figures) == len(training) * len(classifier.MEASURES)
     assert "| baseline again |" in done.stderr and "Self-checks: all passed" in done.stderr
-    assert (tmp_path / "digits_benchmark.png").stat().st_size > 10_000
     client, _, (parent, *children) = runs_of(tmp_path / "mlflow.db")
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
     by_name = {child.info.run_name: child.data for child in children}
@@ -544,7 +524,7 @@ def test_benchmark(cli, tmp_path):
     assert combined["speed/train_img_s"] == pytest.approx(speed, rel=1e-4)
     assert combined["memory/peak_mb"] > 50
     stored = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert stored == {"benchmark.md", "benchmark.png"}
+    assert stored == {"benchmark.md"}
 
 
 @pytest.mark.slow

@@ -33,10 +33,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name,words", COMMANDS, ids=lambda text: text.strip())
-def test_commands_parse(name, words, capsys, tmp_path):
+def test_commands_parse(name, words, tmp_path):
     (tmp_path / "pets").mkdir()
-    if "--help" not in words:
-        parse_config(shlex.split(words))
+    parse_config(shlex.split(words))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -51,19 +50,7 @@ def test_documents_stay_short(name, most):
     assert len(TEXTS[name].splitlines()) <= most
 
 
-def test_no_unfilled_figure():
-    assert not [found for text in TEXTS.values() for found in re.findall(r"@[A-Z]+@|CLAIM", text)]
-
-
 def test_pictures_are_there_and_small():
     named = re.findall(r"\]\((\.github/[^)]+)\)", TEXTS["README.md"])
     assert len(named) <= 5
     assert all((ROOT / name).stat().st_size < 200_000 for name in named)
-
-
-def test_the_test_command_is_the_one_that_ci_runs():
-    pattern = re.search(r"grep -m 1 '(.*)' README", (ROOT / ".ci" / "run").read_text()).group(1)
-    assert (
-        re.search(pattern, TEXTS["README.md"], re.MULTILINE).group()
-        == "pip install -r requirements.txt && python -m pytest"
-    )

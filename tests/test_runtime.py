@@ -37,12 +37,6 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
-def test_absent_cuda_is_an_error_that_names_the_flag(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda.*--device cpu"):
-        pick_device("cuda")
-
-
 def test_auto_device(two_gpus):
     assert pick_device("auto", local_rank=1) == torch.device("cuda", 1)
     assert pick_device("cuda:1", local_rank=0) == torch.device("cuda", 1)
@@ -115,8 +109,11 @@ def test_usable_cpus_takes_the_smallest_limit(tmp_path, monkeypatch, files, expe
 def test_first_signal_raises_and_handlers_come_back(number):
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, stop_signals():
-        os.kill(os.getpid(), number)
-        signal.pause()
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process
     assert stopped.value.signum == number
     assert signal.getsignal(number) == before
 
@@ -234,12 +231,11 @@ def test_compiled_training_without_a_compiler_trains_the_same(cli):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager_and_saves_clean_names(cpu, model, images):
+def test_compiled_equals_eager(cpu, model, images):
     net, report = accelerate(model.eval(), cpu, True, images)
     assert report.active, report.reason
     with torch.inference_mode():
         assert (net(images) - model(images)).abs().max() < 1e-4
-    assert not [name for name in model.state_dict() if "_orig_mod" in name]
 
 
 @pytest.mark.slow

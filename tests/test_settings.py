@@ -56,14 +56,6 @@ def another_value(each):
     return value, [flag_of(name), str(value)]
 
 
-def test_no_flags_is_the_default():
-    assert parse_config([]) == Config()
-
-
-def test_names_are_unique_over_the_parts():
-    assert len(DEFAULTS) == len(Config().fields()) == len(HINTS)
-
-
 @pytest.mark.parametrize("each", Config().fields(), ids=lambda each: each.name)
 def test_each_setting_is_one_flag_and_comes_back_from_the_command_line(each):
     value, words = another_value(each)
@@ -106,21 +98,14 @@ def test_short_forms_are_unique():
         ("--mode evaluate", "eval"),
         ("--mode benchmark --width 8", "bench w8"),
         ("--epochs 8 --label-smoothing 0.1234567", "e8 ls0.123457"),
+        ("--epochs 100 --batch-size 100 --seed 100 --width 100", "e100 b100 s100"),
+        ("--init-from models/everything_of_last_summer.pth", "from-everything_of"),
         ("--epochs 8 --weight-decay 0.123 --momentum 0.123", "e8 m0.123 wd0.123"),
-        (
-            "--epochs 10 --seed 12345678 --momentum 0.123",
-            "e10 s12345678",
-        ),  # more than 18 characters
+        ("--epochs 10 --seed 12345678 --momentum 0.123", "e10 s12345678"),  # at most 18 letters
     ],
 )
 def test_a_runs_name_says_what_differs(words, name):
     assert parse_config(words.split()).run_name == name
-
-
-def test_a_long_name_is_not_called_default():
-    config = parse_config(["--init-from", "models/everything_of_last_summer.pth"])
-    assert config.run_name != "default"
-    assert len(config.run_name) <= 18
 
 
 @pytest.mark.parametrize(
@@ -135,6 +120,7 @@ def test_a_long_name_is_not_called_default():
         "--device tpu",
         "--device cuda:x",
         "--dataset mnist",
+        "--start-size 17",
         "--frobnicate",
         "--epoch 3",  # no abbreviations
         "--batch-size auto",  # has a default that is no auto
