@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3200  # of classifier.py, formatted
+MOST_LINES = 3100  # of classifier.py, formatted
 MOST_FLAGS = 40
 MOST_PACKED = 8  # statements with more than one comprehension or conditional expression
 SCREEN = 60  # lines of a function with its docstring
