@@ -749,6 +749,7 @@ class CifarNet(nn.Module):
 
     def __init__(self, width: int, classes: int, statistics: PixelStatistics | None = None) -> None:
         super().__init__()
+        self.width = width
         self.stem = nn.Conv2d(3, 24, 2)
         self.blocks = nn.Sequential(
             ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 4 * width)
@@ -2513,7 +2514,7 @@ class Training:
             raise UserError(f"--init-from {path}: {reason}; use a model trained with that flag")
         known = {name: row for row, name in enumerate(saved.class_names)}
         rows = {row: known[name] for row, name in enumerate(data.class_names) if name in known}
-        if (width := saved.model.head.in_features // 4) != self.recipe.width:
+        if (width := saved.model.width) != model.width:
             raise UserError(f"--init-from {path}: its width differs; add --width {width}")
         model.adopt(saved.model, rows)
 
@@ -2610,10 +2611,8 @@ def train_seed(
             "skipped_updates": state.skipped,
             "peak_memory_mb": runtime.peak_memory_mb(),
         }
-        text, path = (
-            f"{evaluation.headline(name)} after {epochs} epochs in {duration(seconds)}",
-            None,
-        )
+        text = f"{evaluation.headline(name)} after {epochs} epochs in {duration(seconds)}"
+        path = None
         if keep:
             path = training.save(evaluation.temperature, result)
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
@@ -3041,7 +3040,7 @@ def explain(error: Exception, config: Config) -> str | None:
             return f"{error}: pip install -r requirements.txt"
         case RuntimeError() if "DataLoader worker" in str(error):
             command = command_line(config, num_workers=0, resume=config.resumable)
-            return f"{first_line(error)}; memory or /dev/shm ran out: continue with {command}"
+            return f"{first_line(error)}; memory or /dev/shm ran out: try {command}"
         case RuntimeError() if isinstance(error, torch.OutOfMemoryError) or "allocat" in str(error):
             half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"

@@ -118,19 +118,8 @@ def train_with_fixed_statistics(*argv):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    plain = [
-        "--shift",
-        0,
-        "--cutout",
-        0,
-        "--letterbox-share",
-        0,
-        "--no-flip",
-        "--lr",
-        0.01,
-        "--no-amp",
-    ]
-    flags = ["train_with_fixed_statistics", *TINY, *plain, "--model-path"]
+    plain = ["--shift", 0, "--cutout", 0, "--letterbox-share", 0, "--no-flip", "--lr", 0.01]
+    flags = ["train_with_fixed_statistics", *TINY, *plain, "--no-amp", "--model-path"]
     for launcher, batch, name in (([], 64, "one.pth"), (TWO, 32, "two.pth")):
         more = [name, "--batch-size", batch]
         done = torchrun(tmp_path, *flags, *more, script=FUNCTION, launcher=launcher)

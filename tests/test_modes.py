@@ -334,7 +334,7 @@ def test_absent_device(capsys, monkeypatch):
     "error,words",
     [
         (torch.OutOfMemoryError("CUDA"), "--batch-size 16 --accumulate-grad-steps 2"),
-        (RuntimeError("DataLoader worker (pid 7) is killed"), "continue with python"),
+        (RuntimeError("DataLoader worker (pid 7) is killed"), "try python"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch-size 16"),
         (OSError(28, "No space left on device", "a/file"), "a/file: No space left on device"),
     ],
