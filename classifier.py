@@ -1065,8 +1065,8 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
         yield writable
 
 
-def download(url: str, path: Path, patient: bool) -> float:
-    """Downloads `url` to `path`; returns 0, or bytes per second if too slow and not `patient`."""
+def download(url: str, path: Path, patient: bool) -> bool:
+    """Downloads `url` to `path`; gives up and returns False if it is slow and not `patient`."""
     log(f"downloading CIFAR-10 (170 MB) from {url}")
     address = re.sub("//[^/]*@", "//", url)  # errors quote it, and urllib accepts no passwords
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
@@ -1076,42 +1076,34 @@ def download(url: str, path: Path, patient: bool) -> float:
         tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
         bar.total = size = int(answer.headers.get("Content-Length") or TARBALL_SIZE)
-        started, judged, next_line = time.monotonic(), patient, 0.1
+        started, next_line = time.monotonic(), 0.1
         while chunk := answer.read1(2**16):
             bar.update(file.write(chunk))
             done, seconds = file.tell(), time.monotonic() - started
             if done > size or size > TARBALL_SIZE:
                 raise ValueError("wrong file: larger than expected")
-            if not judged and seconds >= MIRROR_TRIAL:
-                judged, rate = True, done / seconds
-                if rate < MIRROR_LEAST_RATE:
-                    minutes = max(1, round(size / rate / 60))
-                    log(f"  slow ({rate / 1000:.0f} kB/s, {minutes} minutes): trying the next")
-                    return rate
+            left = duration(seconds * (size - done) / done)
+            if not patient and seconds >= MIRROR_TRIAL:
+                if done < MIRROR_LEAST_RATE * seconds:
+                    log(f"  slow ({done / seconds / 1000:.0f} kB/s, {left} left): trying the next")
+                    return False
+                patient = True
             if bar.disable and done >= next_line * size:  # without a bar, log every 10%
-                log(f"  {100 * done // size}%, {duration(seconds * (size - done) / done)} left")
+                log(f"  {100 * done // size}%, {left} left")
                 next_line = done / size + 0.1
-    return 0.0
+    return True
 
 
 def fetch_tarball(urls: tuple[str, ...], path: Path) -> None:
-    """CIFAR-10's tarball, md5-checked, from the first fast mirror of `urls`, else the fastest."""
+    """CIFAR-10's tarball, md5-checked, from the first of `urls` that works; slow ones come last."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    rates: dict[str, float] = {}  # bytes per second of the slow mirrors
-    failures = []
-
-    def tries() -> Iterator[tuple[str, bool]]:
-        yield from ((url, url == urls[-1] and not rates) for url in urls)
-        for url in sorted(rates, key=rates.__getitem__, reverse=True):
-            log(f"no mirror is fast: this will take about {duration(TARBALL_SIZE / rates[url])}")
-            yield url, True
-
-    for url, patient in tries():
+    tries, failures = [(url, len(urls) == 1) for url in urls], []
+    for url, patient in tries:
         try:
-            if rate := download(url, path, patient):
-                rates[url] = rate
+            if not download(url, path, patient):
+                tries.append((url, True))  # its turn comes after the others
             elif check_integrity(path, CIFAR10.tgz_md5):
                 return
             else:
