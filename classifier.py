@@ -198,7 +198,13 @@ class RecipeSettings:
     momentum: float = setting(0.9367, "momentum at that batch size", "m", least=0.0, most=0.9999)
     weight_decay: float = setting(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
     label_smoothing: float = setting(0.2, "share over all classes", "ls", least=0.0, most=0.9)
-    start_size: int = setting(20, "first image size; 32 from 60% on", "px", least=18, most=32)
+    start_size: int | None = setting(
+        None,
+        "first image size; 32 from 60% on (auto: 20; 32 with --init-from)",
+        "px",
+        least=18,
+        most=32,
+    )
     flip: bool | None = setting(None, "flip images, also in TTA (auto: off for digits)", "flip")
     shift: int = setting(3, "maximum shift of images in pixels", "shift", least=0, most=16)
     cutout: int = setting(8, "side of the gray cutout in pixels", "cut", least=0, most=32)
@@ -206,12 +212,14 @@ class RecipeSettings:
 
     def resolve(self, init_from: str | None, flip: bool) -> RecipeSettings:
         """The recipe with `auto` resolved; `flip` is the data set's default."""
-        lr = self.lr or (0.015 if init_from else 0.0192)
-        return replace(self, lr=lr, flip=flip if self.flip is None else self.flip)
+        lr, start_size = (0.015, IMAGE_SIZE) if init_from else (0.0192, 20)
+        auto: Record = {"lr": lr, "start_size": start_size, "flip": flip}
+        return replace(self, **{name: auto[name] for name in auto if getattr(self, name) is None})
 
     def image_size(self, done: float) -> int:
         """Image side: small for the first 30% of the updates, medium until 60%, then full."""
-        return self.start_size + (IMAGE_SIZE - self.start_size) * min(int(done / 0.3), 2) // 2
+        first = cast(int, self.start_size)
+        return first + (IMAGE_SIZE - first) * min(int(done / 0.3), 2) // 2
 
 
 @dataclass(frozen=True)
@@ -764,11 +772,14 @@ class CifarNet(nn.Module):
         if statistics:
             nn.init.normal_(self.head.weight)
 
-    def forward(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
+    def features(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
         x = normalize(images, self.pixel_mean, self.pixel_std)
         x = F.gelu(self.stem(x))  # (N, 24, S - 1, S - 1)
         x = self.blocks(x)  # (N, 4 width, 3, 3) for S = 32
-        x = F.max_pool2d(x, x.shape[-2:]).flatten(1)  # not amax: NaN when compiled in bfloat16
+        return F.max_pool2d(x, x.shape[-2:]).flatten(1)  # not amax: NaN when compiled in bfloat16
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.features(images)  # (N, 4 width)
         return self.head(x) / x.shape[1]  # scale from airbench, for weights of deviation 1
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -777,12 +788,21 @@ class CifarNet(nn.Module):
         dimensions = {"filters": 4, "head": 2, "biases": 1}
         return {name: [p for p in trained if p.ndim == d] for name, d in dimensions.items()}
 
-    def adopt(self, other: CifarNet, rows: dict[int, int]) -> None:
-        """Copies another network's weights, but only some head rows (own row: other's row)."""
-        weights, head = other.state_dict(), self.head.weight.detach().clone()
-        for own, others in rows.items():
-            head[own] = weights["head.weight"][others]
-        self.load_state_dict(weights | {"head.weight": head})
+    @torch.no_grad()
+    def adopt(self, other: CifarNet, images: Tensor, labels: Tensor) -> None:
+        """Copies another network's weights, except its head, which is for other classes.
+
+        Each class's row is the mean direction of its images' features, so the first answers are
+        the nearest class means (Qi et al. 2018, arXiv:1712.07136). A common part has no effect.
+        """
+        self.load_state_dict(other.state_dict() | {"head.weight": self.head.weight})
+        pieces = images.split(EVALUATION_BATCH)
+        features = torch.cat([F.normalize(other.features(piece)) for piece in pieces])
+        members = F.one_hot(labels, self.head.out_features).float()  # (N, classes)
+        means = F.normalize(members.T @ features)
+        means -= means.mean(0)
+        usual, size = other.head.weight.norm(dim=1).mean(), means.norm(dim=1).mean()
+        self.head.weight.copy_(means * usual / size.clamp(min=1e-6))
 
 
 def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
@@ -2483,7 +2503,8 @@ class Training:
             raise UserError(f"{count} training images are too few for {processes} processes")
         options = loader_options(config.data.num_workers, runtime)
         self.loader = build_loader(data.train, self.sampler, options)
-        example = shrink(data.train.images[: min(share, train.batch_size)], recipe.start_size)
+        example = data.train.images[: min(share, train.batch_size)]
+        example = shrink(example, recipe.image_size(0))
         net, self.report = accelerate(model.train(), runtime, config.run.compile, example)
         # An update cannot span more than one epoch.
         self.steps = min(train.accumulate_grad_steps, batches)
@@ -2494,7 +2515,7 @@ class Training:
         peak_lr = optimizer.param_groups[0]["peak_lr"]
         self.resolved = resolved_settings(runtime, options, self.report, data)
         self.resolved |= {"run_effective_batch": batch, "run_peak_lr": peak_lr}
-        self.resolved["run_flip"] = recipe.flip
+        self.resolved |= {"run_flip": recipe.flip, "run_start_size": recipe.start_size}
 
     def adopt_weights(self, model: CifarNet, path: Path) -> None:
         """Loads --init-from's weights; UserError if that model may have seen held-out images."""
@@ -2504,11 +2525,12 @@ class Training:
         if holdout and same_data and saved.train_digest != data.train.digest:
             reason = f"may have been trained on images of --holdout {holdout}"
             raise UserError(f"--init-from {path}: {reason}; use a model trained with that flag")
-        known = {name: row for row, name in enumerate(saved.class_names)}
-        rows = {row: known[name] for row, name in enumerate(data.class_names) if name in known}
         if (width := saved.model.width) != model.width:
             raise UserError(f"--init-from {path}: its width differs; add --width {width}")
-        model.adopt(saved.model, rows)
+        if saved.class_names == data.class_names:
+            model.load_state_dict(saved.model.state_dict())
+        else:
+            model.adopt(saved.model, data.train.images, data.train.labels)
 
     def evaluate(self) -> Evaluation:
         """Evaluates the current weights; with TTA after the last epoch only."""

@@ -1,6 +1,7 @@
 """`--dataset FOLDER`: people's own pictures as a data set, their cache, and `--init-from`."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import classifier
@@ -488,20 +490,43 @@ def weights_at_start(pets, cpu, *flags):
     return classifier.Training(config, load(pets), cpu).state.model.state_dict()
 
 
-def test_init_from_takes_all_weights_and_the_last_layer_of_common_classes(
-    pets, trained, cpu, tmp_path
-):
+def test_init_from_keeps_the_last_layer_of_the_same_classes(pets, trained, cpu, tmp_path):
     saved = torch.load(trained, weights_only=True)
-    torch.save(saved | {"class_names": ["ünï", *"abcdefghi"]}, tmp_path / "start.pth")
-    fresh = weights_at_start(pets, cpu)
+    others = saved["weights"]
+    others["head.weight"] = others["head.weight"][:3].clone()
+    torch.save(saved | {"class_names": list(load(pets).class_names)}, tmp_path / "start.pth")
     started = weights_at_start(pets, cpu, "--init-from", tmp_path / "start.pth")
+    assert all(torch.equal(started[name], others[name]) for name in others)
+
+
+def test_init_from_starts_at_the_nearest_mean_of_other_classes(pets, trained, cpu):
+    """By cosine, of the features before the last layer."""
+    data = load(pets)
+    started = weights_at_start(pets, cpu, "--init-from", trained)
     others = weights(trained)
-    for name in set(started) - {"head.weight"}:
+    for name in set(others) - {"head.weight"}:
         assert torch.equal(started[name], others[name]), name
-    assert torch.equal(started["head.weight"][2], others["head.weight"][0])
-    assert torch.equal(started["head.weight"][:2], fresh["head.weight"][:2])
-    filters = "blocks.0.conv2.weight"
-    assert not torch.equal(fresh[filters], started[filters])
+    model = classifier.load_model(trained).model
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        model(data.train.images)
+    directions = seen[0] / seen[0].norm(dim=1, keepdim=True)
+    means = torch.stack([directions[data.train.labels == label].mean(0) for label in range(3)])
+    cosines = F.cosine_similarity(directions[:, None], means[None], dim=2)
+    answers = (seen[0] @ started["head.weight"].T).argmax(1)
+    assert torch.equal(answers, cosines.argmax(1)) and len(set(answers.tolist())) == 3
+    norms = started["head.weight"].norm(dim=1).mean(), others["head.weight"].norm(dim=1).mean()
+    assert math.isclose(*norms, rel_tol=1e-5)
+
+
+def test_init_from_with_classes_that_look_alike(pets, trained, cpu):
+    """The means of identical pictures have no direction of their own."""
+    config = classifier.parse_config([*QUICK, "--dataset", str(pets), "--init-from", str(trained)])
+    data = load(pets)
+    data.train.images[:] = 100
+    model = classifier.Training(config, data, cpu).state.model
+    assert model.head.weight.isfinite().all()
 
 
 def test_init_from_another_network_says_which_flags(pets, trained, capsys):

@@ -160,12 +160,17 @@ def test_auto_means_unset():
 
 
 @pytest.mark.parametrize(
-    "words,rate",
-    [("", 0.0192), ("--init-from a.pth", 0.015), ("--init-from a.pth --lr 0.5", 0.5)],
+    "words,expected",
+    [
+        ("", (0.0192, 20)),
+        ("--init-from a.pth", (0.015, 32)),
+        ("--init-from a.pth --lr 0.5 --start-size 24", (0.5, 24)),
+    ],
 )
-def test_auto_rate(words, rate):
+def test_auto_rate_and_size(words, expected):
     config = parse_config(words.split())
-    assert config.recipe.resolve(config.train.init_from, True).lr == rate
+    recipe = config.recipe.resolve(config.train.init_from, True)
+    assert (recipe.lr, recipe.start_size) == expected
 
 
 @pytest.mark.parametrize("words,flips", [("", (False, True)), ("--no-flip", (False, False))])
