@@ -788,8 +788,9 @@ class CifarNet(nn.Module):
     def adopt(self, other: CifarNet, images: Tensor, labels: Tensor) -> None:
         """Copies another network's weights, except its head, which is for other classes.
 
-        Each class's row is the mean direction of its images' features, so the first answers are
-        the nearest class means (Qi et al. 2018, arXiv:1712.07136). A common part has no effect.
+        Each class's row becomes the mean direction of its images' features, so the first answers
+        are the nearest class means (Qi et al. 2018, arXiv:1712.07136). What all rows share is
+        removed, as it changes no answer, and the rest gets the size of a trained head's rows.
         """
         self.load_state_dict(other.state_dict() | {"head.weight": self.head.weight})
         pieces = images.split(EVALUATION_BATCH)
