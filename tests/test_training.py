@@ -206,7 +206,7 @@ def test_muon_keeps_filters_on_their_sphere():
 
 
 def test_sizes_grow():
-    sizes = [RecipeSettings().image_size(update / 20) for update in range(20)]
+    sizes = [RECIPE.image_size(update / 20) for update in range(20)]
     assert sizes == [20] * 6 + [26] * 6 + [32] * 8
     assert RecipeSettings(start_size=32).image_size(0.0) == 32
 
