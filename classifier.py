@@ -199,7 +199,7 @@ class RecipeSettings:
     weight_decay: float = setting(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
     label_smoothing: float = setting(0.2, "share over all classes", "ls", least=0.0, most=0.9)
     start_size: int | None = setting(
-        None, "first size; 32 from 60% on (auto: 20; 32 with --init-from)", "px", least=18, most=32
+        None, "first image size; later 32 (auto: 20; 32 with --init-from)", "px", least=18, most=32
     )
     flip: bool | None = setting(None, "flip images, also in TTA (auto: off for digits)", "flip")
     shift: int = setting(3, "maximum shift of images in pixels", "shift", least=0, most=16)
