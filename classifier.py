@@ -43,6 +43,7 @@ import stat
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -77,7 +78,7 @@ PREDICTION_BATCH = 64  # pictures per forward pass; the next batch is decoded me
 DECODERS = 8  # maximum number of threads; each may need 290 MB for a picture of MAX_PIXELS
 SPLIT_SEED = 10  # fixed, so that the held-out images do not depend on --seed
 MODEL_FORMAT = 4  # increase it when older model files can no longer be read
-RESUME_FORMAT = 3
+RESUME_FORMAT = 4
 CACHE_FORMAT = 1  # increase it when the letterbox changes
 TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
 Record = dict[str, Any]  # results or settings by their names
@@ -108,7 +109,7 @@ class RunSettings:
     model_path: str | None = setting(None, "model file (auto: <dataset>_model.pth)")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
     amp: bool | None = setting(None, "mixed precision (auto: on where it is fast)", "amp", False)
-    compile: bool | None = setting(None, "torch.compile (auto: on CUDA)", "compile", False)
+    compile: bool | None = setting(None, "torch.compile (auto: to train on CUDA)", "compile", False)
     json: bool = setting(False, "JSON Lines on stdout; human-readable text on stderr")
 
 
@@ -119,7 +120,7 @@ class TrainSettings:
     epochs: int = setting(20, "passes over the training images", "e", least=1)
     batch_size: int = setting(128, "images per process and micro-batch", "b", least=1)
     accumulate_grad_steps: int = setting(1, "micro-batches per update", "x", least=1)
-    seed: int = setting(0, "same seed, same weights", "s", least=0, most=2**31)
+    seed: int = setting(0, "same seed, same weights (CPU, same threads)", "s", least=0, most=2**31)
     repeats: int = setting(1, "number of seeds; only the first model is saved", "rep", least=1)
     eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
     init_from: str | None = setting(None, "model file to start from (auto: none)", "from-")
@@ -197,7 +198,7 @@ class RecipeSettings:
     )
     momentum: float = setting(0.9367, "momentum at that batch size", "m", least=0.0, most=0.9999)
     weight_decay: float = setting(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
-    label_smoothing: float = setting(0.2, "share over all classes", "ls", least=0.0, most=0.9)
+    label_smoothing: float = setting(0.2, "spread over all classes", "ls", least=0.0, most=0.9)
     start_size: int | None = setting(
         None, "first image size; later 32 (auto: 20; 32 with --init-from)", "px", least=18, most=32
     )
@@ -271,9 +272,7 @@ class Config:
             else:
                 text = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem
                 parts.append(short + text)
-        name = " ".join(parts)[:19]
-        if len(name) > 18:
-            name = name.rpartition(" ")[0] or name[:18]
+        name = textwrap.shorten(" ".join(parts), 18, placeholder="")
         return self.tracking.run_name or name or "default"
 
 
@@ -323,7 +322,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         group, hints = parser.add_argument_group(part.__doc__), get_type_hints(part)
         for each in fields(part):
             default, hint, known = each.default, hints[each.name], each.metadata
-            help = known["help"].replace("%", "%%")
+            help = known["help"]
             if default is not None and not isinstance(default, tuple):
                 shown = ("off", "on")[default] if isinstance(default, bool) else default
                 help += f" (default: {shown})"
@@ -376,10 +375,9 @@ def command_line(config: Config, **changes: Any) -> str:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(redact, value)]
         else:
-            words += [f"--{flag}", str(loggable(value))]
+            values = value if isinstance(value, tuple) else [str(value)]
+            words += [f"--{flag}", *map(redact, values)]
     start = "torchrun [its flags]" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return f"{start} {shlex.join([sys.argv[0], *words])}"
 
@@ -615,8 +613,7 @@ def accelerate(
                 layer.to(runtime.amp_dtype)
     reason = "as asked" if compile else "--no-compile, or a single pass"
     if compile is None:
-        compile = runtime.device.type == "cuda"
-        reason = "auto: on for CUDA only"
+        compile, reason = runtime.device.type == "cuda", "auto: on for CUDA only"
     if not compile:
         return model, CompileReport(False, reason)
     before, started = copy.deepcopy(model.state_dict()), time.perf_counter()
@@ -765,8 +762,7 @@ class CifarNet(nn.Module):
         self.register_buffer("pixel_std", std.view(3, 1, 1))
         self.stem.weight = nn.Parameter(whitening, requires_grad=False)
         self.stem.bias = nn.Parameter(torch.zeros(24))
-        if statistics:
-            nn.init.normal_(self.head.weight)
+        nn.init.normal_(self.head.weight)
 
     def features(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
         x = normalize(images, self.pixel_mean, self.pixel_std)
@@ -1194,9 +1190,8 @@ def pictures_below(folder: str | Path) -> list[str]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        shown = [name for name in names if not name.startswith(".")]
-        pictures = [name for name in shown if name.lower().endswith(PICTURE_SUFFIXES)]
-        found += [os.path.join(place, name) for name in pictures]
+        pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
+        found += [os.path.join(place, name) for name in pictures if name[0] != "."]
     return sorted(found, key=natural)
 
 
@@ -1233,12 +1228,12 @@ class PictureFolder:
         A hash of the file name decides, so pictures added later rarely move the others.
         """
 
-        def draw(path: str) -> bytes:
+        def draw(path: str) -> int:  # uniform below 2**32
             name = os.fsencode(os.path.relpath(path, root))
-            return hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()[:4]
+            return int.from_bytes(hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()[:4])
 
-        order, tenth = sorted(paths, key=draw), bytes.fromhex("1999999a")
-        count = min(max(1, sum(draw(path) < tenth for path in paths)), len(paths) - 1)
+        order, tenth = sorted(paths, key=draw), sum(10 * draw(path) < 2**32 for path in paths)
+        count = min(max(1, tenth), len(paths) - 1)
         return order[count:], order[:count]
 
     def find_splits(self) -> dict[str, dict[str, list[str]]]:
@@ -1377,9 +1372,9 @@ def start_worker(_worker: int) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def epoch_generator(seed: int, epoch: int, rank: int = 0, device: Any = "cpu") -> torch.Generator:
+def epoch_generator(seed: int, epoch: int, stream: int = 0, device: Any = "cpu") -> torch.Generator:
     """A generator seeded by these arguments alone, so a resumed run draws the same numbers."""
-    drawn = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0]
+    drawn = np.random.SeedSequence((seed, epoch, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
 
 
@@ -1622,7 +1617,7 @@ class ResumeFile:
             "limit_images": config.data.limit_images or 0,
             "device": runtime.device.type,
             "amp": str(runtime.amp_dtype),
-            "processes": runtime.world_size,
+            "nproc_per_node": runtime.world_size,  # torchrun's flag
         }
 
     def save(self, **content: Any) -> None:
@@ -1683,7 +1678,7 @@ METRIC_NAMES = {  # of results whose MLflow names are not derived from their key
     "temperature": "calibration/temperature",
     "skipped_updates": "train/skipped",
 }
-Files = dict[str, Callable[[], Any]]  # makes a figure (.png), table (.json) or text (.md)
+Files = dict[str, Callable[[], Any]]  # by name: a figure (.png), table (.json), text (.md), model
 
 
 def resolved_settings(
@@ -1699,7 +1694,7 @@ def resolved_settings(
         "run_amp_reason": runtime.amp_reason,
         "run_compile": report.active,
         "run_compile_reason": report.reason,
-        "run_memory_format": "channels_last",
+        "run_memory_format": "channels_last",  # this and the next: not in the benchmark's baseline
         "run_data_loading": "batches",
         "run_device": device_name(runtime.device),
         "run_threads": torch.get_num_threads(),
@@ -1817,11 +1812,10 @@ class MlflowTracker(Tracker):
                 raise
             log(f"MLflow run {self.run_id} is gone: logging to a new one")
             return None
-        if self.config.train.resume:
-            history = self.client.get_metric_history(self.run_id, "train/loss")
-            self.known_steps = {each.step for each in history}
-            if METRIC_NAMES["train_seconds"] in run.data.metrics:
-                self.known_steps.add(0)
+        history = self.client.get_metric_history(self.run_id, "train/loss")
+        self.known_steps = {each.step for each in history}
+        if METRIC_NAMES["train_seconds"] in run.data.metrics:
+            self.known_steps.add(0)
         return run
 
     def shared_view(self) -> str:
@@ -1884,7 +1878,7 @@ class MlflowTracker(Tracker):
         for key in sorted(record, key=lambda key: "accuracy" not in key or key.startswith("train")):
             value = record[key]
             if key != "epoch" and isinstance(value, int | float) and math.isfinite(value):
-                name = METRIC_NAMES.get(key) or "/".join(key.split("_", 1 - key.count("/")))
+                name = key if "/" in key else METRIC_NAMES.get(key, key.replace("_", "/", 1))
                 values[name] = float(f"{100 * value if 'accuracy' in key else value:.6g}")
         self.send(self.store_metrics, flush, values=values, step=step)
 
@@ -1902,10 +1896,11 @@ class MlflowTracker(Tracker):
         client, key, headline = self.client, "mlflow.note.content", text.split("\n")[0]
         if client.get_run(self.run_id).data.tags.get(key, "").startswith(headline):
             return  # stored before an interruption
-        ways = {"png": client.log_figure, "json": client.log_table, "md": client.log_text}
+        ways = {".png": client.log_figure, ".json": client.log_table, ".md": client.log_text}
         for name, make in files.items():
             try:
-                ways.get(name.split(".")[-1], self.log_model)(self.run_id, make(), name)
+                store = ways.get(Path(name).suffix, self.log_model)
+                store(self.run_id, make(), name)
             except Exception as error:  # tracking must never end a training
                 log(f"MLflow did not store {name}: {first_line(error)}")
         client.set_tag(self.run_id, key, text)
@@ -2017,9 +2012,6 @@ class Muon(torch.optim.Optimizer):
     sets how far, not the gradient's size. The bank's norm is kept at sqrt(filters).
     """
 
-    def __init__(self, groups: list[Record]) -> None:
-        super().__init__(groups, {"weight_decay": 0.0})
-
     @classmethod
     def for_model(cls, model: CifarNet, recipe: RecipeSettings, batch: int) -> Muon:
         """The optimizer for `batch` images per update, with rates scaled from the reference batch.
@@ -2039,7 +2031,7 @@ class Muon(torch.optim.Optimizer):
                 momentum, decay = recipe.momentum**ratio, 0.0
             group = {"params": parameters, "peak_lr": rates[name], "momentum": momentum}
             groups.append(group | {"weight_decay": decay})
-        return cls(groups)
+        return cls(groups, {})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -2110,11 +2102,6 @@ class TrainState:
         """Share of the updates done."""
         return self.updates / self.total
 
-    @property
-    def lr(self) -> float:
-        """The convolutions' learning rate in the last update."""
-        return self.optimizer.param_groups[0].get("lr", 0.0)
-
     def update(self) -> None:
         """One step; the rates fall linearly to zero. A float16 overflow is not counted as one."""
         for group in self.optimizer.param_groups:
@@ -2145,16 +2132,15 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over `count` batches, `steps` per update; returns means over all processes."""
     runtime, epoch = state.runtime, state.epoch
-    devices = runtime.device, torch.device("cpu")
-    generators = [epoch_generator(seed, epoch, 1 + runtime.rank, device) for device in devices]
+    devices, stream = (runtime.device, torch.device("cpu")), 1 + runtime.rank  # 0 is the shuffle's
+    generators = [epoch_generator(seed, epoch, stream, device) for device in devices]
     meter, started = Meter(runtime.device), time.perf_counter()
     state.replica.train()
     for batch, weight, closes in accumulation_windows(meter.timed(batches), count, steps):
         batch = runtime.move(*batch)
         size, labels = recipe.image_size(state.progress), batch[1]
         images = augment(batch, epoch, size, recipe, generators)
-        if runtime.world_size > 1:  # gradients are exchanged once per update
-            state.replica.require_backward_grad_sync = closes
+        state.replica.require_backward_grad_sync = closes  # DDP: one exchange per update
         with runtime.autocast():
             logits = state.replica(images)  # (N, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -2163,12 +2149,12 @@ def train_epoch(
         if closes:
             state.update()
     result = meter.result(runtime)
-    seconds = time.perf_counter() - started
+    seconds, lr = time.perf_counter() - started, state.optimizer.param_groups[0]["lr"]
     if not math.isfinite(result["train_loss"]):
-        place = f"epoch {epoch + 1}, learning rate {state.lr:.3g}"
+        place = f"epoch {epoch + 1}, learning rate {lr:.3g}"
         raise UserError(f"the loss is no longer finite ({place}): try a lower --lr or --no-amp")
     return result | {
-        "lr": state.lr,
+        "lr": lr,  # of the convolutions, in the last update
         "seconds": seconds,
         "images_per_second": result.pop("images") / seconds,
         "data_wait_seconds": meter.wait_seconds,
@@ -2452,9 +2438,10 @@ def served_model() -> Any:
                 answers = list(predictor.predict(pictures, **(params or {})))
             except (ValueError, UserError) as error:  # ValueError: not base64
                 raise MlflowException.invalid_parameter_value(str(error)) from None
-            keys = ("label", "confidence", "error")
-            rows = [{key: getattr(answer, key) for key in keys} for answer in answers]
-            return [row | {"top": dict(a.top)} for row, a in zip(rows, answers, strict=True)]
+            return [
+                {"label": a.label, "confidence": a.confidence, "error": a.error, "top": dict(a.top)}
+                for a in answers
+            ]
 
     return ServedModel()
 
@@ -2563,8 +2550,8 @@ class Training:
 
     def save(self, temperature: float, result: Record) -> Path:
         """The model's file, in a temporary folder if its own path became unwritable."""
-        config, path = replace(self.config, recipe=self.recipe), self.config.model_path
-        content = self.state.model, self.data, config, temperature, result
+        path = self.config.model_path
+        content = self.state.model, self.data, self.config, temperature, result
         try:
             save_model(path, *content)
         except UserError as error:
@@ -2623,15 +2610,13 @@ def train_seed(
             "peak_memory_mb": runtime.peak_memory_mb(),
         }
         text = f"{evaluation.headline(name)} after {epochs} epochs in {duration(seconds)}"
-        path = None
-        if keep:
-            path = training.save(evaluation.temperature, result)
+        path = training.save(evaluation.temperature, result) if keep else None
         tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
         model: Files = {"the model": lambda: path} if path else {}
         tracker.log_outcome(f"**{text}**", evaluation.files(data.class_names) | model)
         result |= {"seed": config.train.seed, "run_id": tracker.run_id}
         result["model_path"] = path and str(path)
-        text = f"{text}; model: {path}"
+        text += f"; model: {path}" if path else ""
         if data.name not in DATASETS:  # small test sets, and classes that their owner knows
             text = f"{text}\n{evaluation.details(data.class_names)}"
         emit({"event": "result"} | result, text, config, runtime)
@@ -2703,7 +2688,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     text += f", loss {found.loss:.4f}, calibration error {percent(found.ece)}"
     lines = [f"{text}, {len(images)} images in {found.seconds:.1f} s"]
     if data.name not in DATASETS:
-        lines.append("Measured on the letterbox alone; predict also uses squares of photos.")
+        lines.append("Measured on the letterbox, without the center squares that predict adds.")
     lines.append(found.details(data.class_names))
     per_class = found.per_class(data.class_names)
     record = {"event": "result"} | result | {"per_class": per_class, "seconds": found.seconds}
@@ -2798,7 +2783,7 @@ class UsualImages(Dataset):
 
 
 def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each round; a warm-up round comes first, in addition to `rounds`."""
+    """Seconds of each round, after a warm-up round that is left out."""
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
@@ -2806,7 +2791,7 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return seconds
+    return seconds[1:]
 
 
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
@@ -2917,9 +2902,9 @@ class Benchmark:
         rows, cells = [], [name.replace("_", " ")]
         for measure, times in seconds.items():
             images = MEASURES[measure][2] or count
-            figures = [1000 * each if images == 1 else images / each for each in times[1:]]
+            figures = [1000 * each if images == 1 else images / each for each in times]
             p10, value, p90 = np.percentile(figures, (10, 50, 90)).tolist()
-            ratio = statistics.median(self.baseline[0][measure][1:]) / statistics.median(times[1:])
+            ratio = statistics.median(self.baseline[0][measure]) / statistics.median(times)
             area = measure if measure in ("training", "loading") else "inference"
             row = {"event": "benchmark", "area": area, "measure": measure, "name": name}
             row |= {"value": value, "unit": "ms" if images == 1 else "images/s"}
@@ -2950,8 +2935,8 @@ class Benchmark:
         sample = data.train.take(torch.arange(64) % len(data.train))
         images, labels = runtime.move(sample.images, sample.labels)
         torch.manual_seed(config.train.seed)
-        statistics_found, classes = pixel_statistics(data.train.images), len(data.class_names)
-        model = CifarNet(config.recipe.width, classes, statistics_found).to(runtime.device)
+        found, classes = pixel_statistics(data.train.images), len(data.class_names)
+        model = CifarNet(config.recipe.width, classes, found).to(runtime.device)
         with torch.no_grad():
             for _ in range(10):  # fills BatchNorm's statistics; else each block doubles its input
                 model.train()(images)

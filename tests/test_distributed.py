@@ -168,8 +168,8 @@ def overflow(runtime):
     half = replace(runtime, amp_dtype=torch.float16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2, bias=False)
-    group = {"params": [layer.weight], "peak_lr": 0.1, "momentum": 0.9}
-    optimizer = classifier.Muon([group])
+    group = {"params": [layer.weight], "peak_lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    optimizer = classifier.Muon([group], {})
     state = TrainState(layer, half.distribute(layer), optimizer, 10, half)
     for factor in (1.0, float("inf") if half.rank else 1.0, 1.0):
         loss = state.replica(torch.ones(4, 3)).sum() * factor

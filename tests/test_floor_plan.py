@@ -9,9 +9,9 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3100  # of classifier.py, formatted
+MOST_LINES = 3085  # of classifier.py, formatted
 MOST_FLAGS = 40
-MOST_PACKED = 8  # statements with more than one comprehension or conditional expression
+MOST_PACKED = 2  # statements with more than one comprehension or conditional expression
 SCREEN = 60  # lines of a function with its docstring
 LONGER = {"train_seed": 75}  # a story that is told at one go
 HEAVY = {"mlflow", "torchvision", "matplotlib", "sklearn"}

@@ -171,6 +171,8 @@ def test_evaluate_is_a_run_of_its_own(store, trained, capsys):
     assert run(capsys, "--mode", "evaluate", "--device", "cpu", "--model-path", trained)[0] == 0
     (found,) = runs_of(store)[2]
     assert found.data.tags["task"] == "evaluate" and found.data.metrics["test/accuracy_tta"] > 0
+    # The model's settings are those that were given, not what `auto` became.
+    assert (found.info.run_name, found.data.params["lr"]) == ("eval e15 b32 n320", "auto")
 
 
 @pytest.mark.parametrize(
