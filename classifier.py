@@ -1678,7 +1678,7 @@ METRIC_NAMES = {  # of results whose MLflow names are not derived from their key
     "temperature": "calibration/temperature",
     "skipped_updates": "train/skipped",
 }
-Files = dict[str, Callable[[], Any]]  # by name: a figure (.png), table (.json), text (.md), model
+Files = dict[str, Callable[[], Any]]  # makes a figure (.png), table (.json), text (.md) or model
 
 
 def resolved_settings(
