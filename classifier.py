@@ -505,6 +505,11 @@ class Runtime:
     world_size: int = 1
     local_world_size: int = 1  # processes on this machine
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Channels-last, but not on MPS, where gradients become wrong (pytorch/pytorch#175189)."""
+        return torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+
     def autocast(self) -> torch.autocast:
         enabled = self.amp_dtype is not None
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
@@ -561,6 +566,8 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
     if world_size > 1 and ":" in run.device:
         raise UserError(f"--device {run.device}: torchrun gives each process its own; use cuda")
     device = pick_device(run.device, local_rank)
+    if world_size > 1 and device.type == "mps":
+        raise UserError("torchrun cannot use mps: add --device cpu")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -575,18 +582,15 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
             # Each machine counts its own restarts, so this works on one machine only.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restart, store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, **sizes)
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, device_id=bound, **sizes)
     dtype, reason = pick_amp_dtype(device, run.amp)
-    try:
-        yield Runtime(device, dtype, reason, rank, world_size, local_world_size)
-        if world_size > 1:
-            # gloo's threads abort a process that ends while they hold a Python tensor
-            # (pytorch/pytorch#179291); waiting for the others lets them finish.
-            dist.barrier()
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Runtime(device, dtype, reason, rank, world_size, local_world_size)
+    if world_size > 1:  # not after an error: NCCL would wait for processes that have failed
+        # gloo's threads abort a process that ends while they hold a Python tensor
+        # (pytorch/pytorch#179291); waiting for the others lets them finish.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 class CompileReport(NamedTuple):
@@ -598,15 +602,15 @@ class CompileReport(NamedTuple):
 
 
 def accelerate(
-    model: nn.Module, runtime: Runtime, compile: bool | None, example: Tensor
+    model: nn.Module, runtime: Runtime, compile: bool | None, *examples: Tensor
 ) -> tuple[nn.Module, CompileReport]:
     """A callable that shares `model`'s weights: on the device, and compiled if that works.
 
-    torch.compile is lazy and fails only at the first call, so the first call is made here, on
-    `example` and in the model's current mode. Weights, statistics and random state stay the same;
-    for inference in mixed precision, weights are cast once.
+    torch.compile is lazy and fails only at the first call, so each shape's first call is made here,
+    on `examples` and in the model's current mode. Weights, statistics and random state stay the
+    same; for inference in mixed precision, weights are cast once.
     """
-    model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(runtime.device).to(memory_format=runtime.memory_format)  # type: ignore[call-overload]
     if runtime.amp_dtype and not model.training:  # else autocast casts them at each call
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -617,15 +621,16 @@ def accelerate(
     if not compile:
         return model, CompileReport(False, reason)
     before, started = copy.deepcopy(model.state_dict()), time.perf_counter()
-    # Training has three shapes, each compiled in 8 s; one dynamic graph took 35 s or more.
-    net: Any = torch.compile(model, dynamic=False if model.training else None)
     try:
+        # Training has three shapes, each compiled in 8 s; one dynamic graph took 35 s or more.
+        net: Any = torch.compile(model, dynamic=False if model.training else None)
         devices = [runtime.device] if runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode(not model.training):
-            with runtime.autocast():
-                logits = net(*runtime.move(example))
-            if model.training:
-                logits.float().sum().backward()
+            for example in examples:
+                with runtime.autocast():
+                    logits = net(*runtime.move(example))
+                if model.training:
+                    logits.float().sum().backward()
     except Exception as error:  # compiler, Triton and Dynamo raise errors of many types
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         log(f"torch.compile failed, continuing without it: {cause}")
@@ -840,11 +845,6 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones have 200
 MAX_SCANS = 50  # of a JPEG: each is a pass over all pixels; usual are up to 14
-PNG_LEVELS: dict[Any, Callable] = {  # Pillow scales pixels to 8 bits, but not the transparent one
-    "L;2": lambda level: 85 * level,
-    "L;4": lambda level: 17 * level,
-    "RGB;16B": lambda levels: tuple(level >> 8 for level in levels),
-}
 JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # other markers have no content
 REDUCING_GAP = 2.0  # Pillow averages pixels down to twice the target before LANCZOS: half the time
 SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))  # see `photo_views`
@@ -930,9 +930,6 @@ def read_file(file: Any, head: bytes) -> Image.Image:
     else:
         image = Image.open(file, formats=FORMATS)
     check_size(image, file)
-    scale = PNG_LEVELS.get(image.tile[0][3] if image.format == "PNG" else "")
-    if scale and (level := image.info.get("transparency")) is not None:
-        image.info["transparency"] = scale(level)
     image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # decode large JPEGs at reduced size
     return to_rgb(image)
 
@@ -1446,9 +1443,10 @@ def shrink(images: Tensor, size: int) -> Tensor:
     """Images (N, 3, S, S) resized to side `size`, as floats; unchanged if already that size."""
     if images.shape[-1] == size:
         return images
-    if images.device.type == "mps":  # not supported there by older torch
+    try:
+        return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    except NotImplementedError:  # on MPS by torch 2.6
         return shrink(images.cpu(), size).to(images.device)
-    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
 
 def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
@@ -1694,8 +1692,8 @@ def resolved_settings(
         "run_amp_reason": runtime.amp_reason,
         "run_compile": report.active,
         "run_compile_reason": report.reason,
-        "run_memory_format": "channels_last",  # this and the next: not in the benchmark's baseline
-        "run_data_loading": "batches",
+        "run_memory_format": str(runtime.memory_format).removeprefix("torch."),
+        "run_data_loading": "batches",  # this and the one before differ in the benchmark
         "run_device": device_name(runtime.device),
         "run_threads": torch.get_num_threads(),
         "run_world_size": runtime.world_size,
@@ -2034,7 +2032,8 @@ class Muon(torch.optim.Optimizer):
         return cls(groups, {})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> bool:  # type: ignore[override]
+        """Updates all weights; True, which the scaler passes on unless it skips the step."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -2047,6 +2046,7 @@ class Muon(torch.optim.Optimizer):
                     update = orthogonalize(update.flatten(1)).view_as(weight)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"])
+        return True
 
 
 def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple]:
@@ -2106,14 +2106,12 @@ class TrainState:
         """One step; the rates fall linearly to zero. A float16 overflow is not counted as one."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - self.progress)
-        scale = self.scaler.get_scale()
         with self.runtime.autocast():  # for the optimizer's matrix products
-            self.scaler.step(self.optimizer)
+            stepped = bool(self.scaler.step(self.optimizer))  # None after an overflow
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        skipped = self.scaler.get_scale() < scale
-        self.skipped += skipped
-        self.updates += not skipped
+        self.updates += stepped
+        self.skipped += not stepped
 
     def state_dict(self) -> Record:
         """All that a bit-exact resume needs; random numbers depend on seed, epoch and rank only."""
@@ -2309,6 +2307,9 @@ class Prediction:
         return f"{self.image}: {self.label}  {percent(self.confidence)}  {bar}{rest}"
 
 
+_computing = threading.Lock()  # compiling is not thread-safe (pytorch/pytorch#118260)
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A model ready to be called."""
@@ -2326,7 +2327,7 @@ class Predictor:
             views.append(torch.stack(squares))
         elif tta:
             views = [shifted_views(letterboxes, self.saved.flip)]
-        with self.runtime.autocast():
+        with _computing, self.runtime.autocast():
             logits = view_logits(self.net, views).mean(0)
         return (logits / self.saved.temperature).softmax(1).cpu()
 
@@ -2488,8 +2489,9 @@ class Training:
         options = loader_options(config.data.num_workers, runtime)
         self.loader = build_loader(data.train, self.sampler, options)
         example = data.train.images[: min(share, train.batch_size)]
-        example = shrink(example, recipe.image_size(0))
-        net, self.report = accelerate(model.train(), runtime, config.run.compile, example)
+        sizes = {recipe.image_size(done) for done in (0.0, 0.3, 0.6)}
+        examples = [shrink(example, size) for size in sizes]
+        net, self.report = accelerate(model.train(), runtime, config.run.compile, *examples)
         # An update cannot span more than one epoch.
         self.steps = min(train.accumulate_grad_steps, batches)
         batch = min(train.batch_size * self.steps, share) * runtime.world_size
@@ -2849,7 +2851,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         seconds |= {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
         resolved = training.resolved | {"run_data_loading": "images" if usual else "batches"}
         resolved |= {"run_memory_format": str(layout).removeprefix("torch.")}
-        sender.send((seconds, count, memory, resolved))
+    sender.send((seconds, count, memory, resolved))  # then the parent ends this process
 
 
 class Benchmark:
@@ -2869,6 +2871,7 @@ class Benchmark:
         Mixed precision is left out where it would be emulated.
         """
         off = {"mixed_precision": self.runtime.amp_dtype is None}
+        off["channels_last"] = self.runtime.memory_format is not torch.channels_last
         off["compile"] = self.config.run.compile is False
         possible = tuple(name for name in OPTIMIZATIONS if not off.get(name))
         compiles = self.runtime.device.type == "cuda"
@@ -2932,6 +2935,7 @@ class Benchmark:
     def check_all(self) -> None:
         """Checks accumulation, mixed precision, prediction and compiling against plain float32."""
         config, runtime, data = self.config, replace(self.runtime, amp_dtype=None), self.data
+        torch.backends.cudnn.allow_tf32 = False  # convolutions on CUDA would round to 10 bits
         sample = data.train.take(torch.arange(64) % len(data.train))
         images, labels = runtime.move(sample.images, sample.labels)
         torch.manual_seed(config.train.seed)

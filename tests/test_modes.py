@@ -413,6 +413,8 @@ def test_benchmark_leaves_out_what_does_not_work_here(cpu):
     assert "mixed_precision" not in str(a_benchmark(cpu).cases())
     cases = a_benchmark(bf16, "--no-compile").cases()
     assert "compile" not in str(cases) and "everything" not in cases  # combined is the same
+    on_mps = a_benchmark(replace(cpu, device=torch.device("mps"))).cases()
+    assert "channels_last" not in str(on_mps)
     on_cuda = a_benchmark(replace(bf16, device=torch.device("cuda"))).cases()
     assert "compile" in on_cuda["combined"] and "everything" not in on_cuda
 
@@ -493,8 +495,11 @@ def test_peak_memory_is_this_process_own():
 @pytest.mark.slow
 def test_benchmark(cli, tmp_path):
     flags = "--dataset digits --width 4 --batch-size 16 --no-compile --num-workers 0 --json"
-    done = cli("--mode", "benchmark", *flags.split(), timeout=1800)
+    (tmp_path / "temporary").mkdir()
+    place = {"TMPDIR": str(tmp_path / "temporary")}
+    done = cli("--mode", "benchmark", *flags.split(), timeout=1800, env=place)
     assert done.returncode == 0, done.stderr
+    assert not [*(tmp_path / "temporary").rglob("*.pth")]
     found = rows(done.stdout)
     checks = {row["name"]: row["passed"] for row in found if row["event"] == "check"}
     assert set(checks) >= {"accumulation", "mixed_precision", "predict"} and all(checks.values())

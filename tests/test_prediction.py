@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,6 +110,23 @@ def test_threads_share_one_load_and_get_right_answers(trained, loads, digits):
     assert len(loads) == 1
     together = [each.label for each in predict(pictures, model_path=trained)]
     assert [found[number].label for number in range(8)] == together
+
+
+def test_threads_take_turns_at_the_network(trained, monkeypatch):
+    """It may compile at a new shape, which torch does not allow in two threads."""
+    real, inside, most = classifier.view_logits, [], []
+
+    def slow(*args):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(*args)
+
+    monkeypatch.setattr(classifier, "view_logits", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: predict(noise(50, 50), model_path=trained), range(8)))
+    assert most == 8 * [1]
 
 
 @pytest.mark.parametrize("tta", [True, False])

@@ -1,5 +1,6 @@
 """Devices, precision, CPUs that may be used, signals, locks, and a compile fallback that works."""
 
+import contextlib
 import copy
 import errno
 import os
@@ -52,6 +53,44 @@ def test_cudnn_tunes_for_training_only(two_gpus, monkeypatch, mode, tunes):
     with open_runtime(RunSettings(mode=mode, device="cuda")) as runtime:
         assert torch.backends.cudnn.benchmark is tunes
         assert (runtime.device, runtime.amp_dtype) == (CUDA, torch.float16)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_process_waits_for_one_that_failed(two_gpus, monkeypatch, fails):
+    """With NCCL, destroy_process_group waits for all: after an error it would hang."""
+    calls = []
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+
+        def called(*_, name=name, **options):
+            calls.append((name, options.get("device_id")))
+
+        monkeypatch.setattr(classifier.dist, name, called)
+    monkeypatch.setattr(classifier.dist, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.suppress(KeyError), open_runtime(RunSettings()) as runtime:
+        assert (runtime.rank, runtime.world_size) == (1, 2)
+        if fails:
+            raise KeyError("a bug")
+    ends = [] if fails else [("barrier", None), ("destroy_process_group", None)]
+    assert calls == [("init_process_group", torch.device("cuda", 1)), *ends]
+
+
+@pytest.mark.parametrize("device", ["auto", "mps"])
+def test_a_mac_has_no_gpu_under_torchrun(monkeypatch, device):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cpu"), open_runtime(RunSettings(device=device)):
+        pass
+
+
+def test_channels_last_except_on_mps(cpu, model, images):
+    """There, torch's gradients were wrong (pytorch/pytorch#175189)."""
+    mps = classifier.Runtime(torch.device("mps"))
+    assert mps.memory_format is torch.contiguous_format
+    accelerate(model, cpu, False, images)
+    assert model.blocks[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +218,16 @@ def failing_compile(model, **_):
     return first_call
 
 
-def test_failed_compile_leaves_everything_as_it_was(monkeypatch, cpu, capsys, model, images):
-    monkeypatch.setattr(torch, "compile", failing_compile)
+def unsupported_compile(*_, **__):
+    """As on a Python that is too new for it."""
+    raise RuntimeError("no C++ compiler")
+
+
+@pytest.mark.parametrize("compile", [failing_compile, unsupported_compile])
+def test_failed_compile_leaves_everything_as_it_was(
+    monkeypatch, cpu, capsys, model, images, compile
+):
+    monkeypatch.setattr(torch, "compile", compile)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     net, report = accelerate(model.train(), cpu, True, images)
     assert net is model and not report.active and "no C++ compiler" in report.reason
@@ -191,17 +238,17 @@ def test_failed_compile_leaves_everything_as_it_was(monkeypatch, cpu, capsys, mo
 
 
 def test_a_compile_that_works_leaves_weights_and_random_state(monkeypatch, cpu, model, images):
-    """The first call is a training step without its update."""
+    """Each shape's first call is a training step without its update."""
     calls = []
 
     def compile(model, dynamic):
         calls.append(dynamic)
-        return lambda inputs: model(inputs)
+        return lambda inputs: (calls.append(len(inputs)), model(inputs))[1]
 
     monkeypatch.setattr(torch, "compile", compile)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    net, report = accelerate(model.train(), cpu, True, images)
-    assert net is not model and report.active and calls == [False]
+    net, report = accelerate(model.train(), cpu, True, images, images[:2])
+    assert net is not model and report.active and calls == [False, 4, 2]
     assert same(before, model.state_dict()) and torch.equal(random, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
 

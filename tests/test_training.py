@@ -213,22 +213,28 @@ def test_sizes_grow():
 
 
 @pytest.mark.parametrize("count,batch_size", [(20, 128), (50, 16)])
-def test_training_has_three_shapes(split, cpu, count, batch_size):
-    """torch.compile makes a variant for each, so no short batch may come between them."""
+def test_training_has_three_shapes(split, cpu, monkeypatch, count, batch_size):
+    """torch.compile makes a variant for each beforehand, so no short batch may come later."""
     data = ImageData("tiny", tuple("abcd"), split.take(slice(count)), split.take(slice(8)))
     words = f"--epochs 10 --batch-size {batch_size} --width 4 --num-workers 0 --eval-every 0"
-    config = parse_config([*words.split(), "--no-compile"])
-    training, shapes = Training(config, data, cpu), []
+    config = parse_config([*words.split(), "--compile"])
+    shapes = []
 
     def look(net, inputs, _):
         if net.training:
             shapes.append((*inputs[0].shape, inputs[0].dtype))
 
-    training.state.model.register_forward_hook(look)
+    def compile(model, dynamic):
+        model.register_forward_hook(look)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    training = Training(config, data, cpu)
+    first = set(shapes)
     for _ in range(10):
         training.run_epoch()
-    assert len(shapes) == 10 * len(training.sampler)
-    assert {shape[2] for shape in shapes} == {20, 26, 32} and len(set(shapes)) == 3
+    assert len(shapes) == 3 + 10 * len(training.sampler)
+    assert {shape[2] for shape in first} == {20, 26, 32} and set(shapes) == first
 
 
 # --- Numbers of an epoch --------------------------------------------------------------------------
