@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shlex
+import socket
 import struct
 import subprocess
 import sys
@@ -25,10 +26,11 @@ import classifier  # noqa: E402
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # Digits and a narrow network: a training of these takes about a second.
-TINY = shlex.split(
+LOGGED = shlex.split(
     "--dataset digits --width 8 --limit-images 320 --epochs 2 --batch-size 32 --num-workers 0 "
-    "--device cpu --no-mlflow"
+    "--device cpu"
 )
+TINY = [*LOGGED, "--no-mlflow"]
 
 
 def run(capsys, *argv):
@@ -74,6 +76,19 @@ def runs_of(database, experiment="digits"):
     found = client.get_experiment_by_name(experiment)
     order = ["attributes.start_time ASC"]
     return client, found, client.search_runs([found.experiment_id], order_by=order)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
 def encoded(image, kind="PNG", **options):

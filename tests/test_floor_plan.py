@@ -83,17 +83,6 @@ def test_only_the_reporting_functions_print():
     assert printing == {"log", "emit", "main"}
 
 
-def test_signatures_are_typed():
-    untyped = []
-    for function in FUNCTIONS:
-        given = function.args
-        some = [given.vararg, given.kwarg, *given.posonlyargs, *given.args, *given.kwonlyargs]
-        names = [each.arg for each in some if each and not each.annotation]
-        if set(names) - {"self", "cls"} or not function.returns:
-            untyped.append(f"{function.name}, line {function.lineno}: {names}")
-    assert FUNCTIONS and not untyped
-
-
 def test_every_function_fits_a_screen():
     lines = {(each.name, each.lineno): each.end_lineno - each.lineno + 1 for each in FUNCTIONS}
     long = {key: count for key, count in lines.items() if count > LONGER.get(key[0], SCREEN)}

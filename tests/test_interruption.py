@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TINY, rows, run, same, weights
 
 EXACT = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
-KILLS = int(os.environ.get("KILLS", "12"))
+KILLS = 12
 
 
 def exact(records):
@@ -53,7 +53,6 @@ def start(folder, *flags, **options):
     return subprocess.Popen(
         [*command, "--epochs", "12", *flags],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

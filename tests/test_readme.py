@@ -45,6 +45,19 @@ def test_flags_exist(name):
     assert COMMANDS
 
 
+def test_the_table_of_flags_is_complete_and_has_the_defaults():
+    told = {}
+    for flags, defaults in re.findall(r"^\| (`--.+) \| (.+) \|$", TEXTS["README.md"], re.MULTILINE):
+        told |= zip(re.findall(r"--[\w-]+", flags), defaults.split(", "), strict=True)
+    assert told.keys() == FLAGS
+    for each in Config().fields():
+        flag = "--" + each.name.replace("_", "-")
+        if isinstance(each.default, bool):
+            assert told[flag] == ("off", "on")[each.default]
+        elif isinstance(each.default, int | float):
+            assert told[flag] == f"{each.default:g}"
+
+
 @pytest.mark.parametrize("name,most", [("README.md", 200), ("OPTIMIZATIONS.md", 230)])
 def test_documents_stay_short(name, most):
     assert len(TEXTS[name].splitlines()) <= most

@@ -110,13 +110,6 @@ def test_accumulation_equals_the_big_batch(split, model, monkeypatch, runtime, t
         torch.testing.assert_close(small[name], tensor, atol=tolerance / 2, rtol=tolerance)
 
 
-def test_a_short_last_window_is_a_whole_update(split, model, cpu):
-    state = state_of(model, cpu)
-    train(state, split, steps=4)  # six batches: windows of four and two
-    assert state.updates == 2
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_an_update_takes_no_more_batches_than_an_epoch_has(capsys):
     """Rates follow the effective batch, which must not count images that never come."""
     for steps in (11, 64):  # of ten batches
@@ -155,17 +148,13 @@ def test_every_batch_goes_as_far_with_an_epoch(model, batch):
     assert found[0] == pytest.approx(found[1])
 
 
-def test_the_groups_of_the_optimizer(model):
+def test_decay_and_momentum_of_the_groups(model):
     recipe = replace(RECIPE, weight_decay=0.1, momentum=0.7)
     filters, head, biases = Muon.for_model(model, recipe, REFERENCE_BATCH).param_groups
-    assert len(filters["params"]) == 6 and filters["weight_decay"] == 0
-    assert all(weight is not model.stem.weight for weight in filters["params"])
-    assert [weight is model.head.weight for weight in head["params"]] == [True]
+    assert filters["weight_decay"] == 0
     assert head["weight_decay"] * head["peak_lr"] == pytest.approx(0.1)
-    assert all(weight.ndim == 1 for weight in biases["params"])
-    assert [group["momentum"] for group in (filters, head, biases)] == pytest.approx(
-        [0.7, 0.9, 0.9]
-    )
+    momenta = [group["momentum"] for group in (filters, head, biases)]
+    assert momenta == pytest.approx([0.7, 0.9, 0.9])
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
@@ -320,10 +309,7 @@ def fake_cuda(monkeypatch):
     augmentation draws on the CPU, backward and the sums of an epoch.
     """
     draw = np.random.default_rng(0)
-    device_rand, device_randint = torch.rand, torch.randint
-
-    def rand(*args, **options):
-        return device_rand(*args, **options) if "device" in options else draw.random()
+    device_randint = torch.randint
 
     def randint(*args, **options):
         if "device" in options:
@@ -338,7 +324,7 @@ def fake_cuda(monkeypatch):
         assert meter.sums.device == runtime.device
         return {"train_loss": 0.0, "images": meter.images}
 
-    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: draw.random())
     monkeypatch.setattr(torch, "randint", randint)
     monkeypatch.setattr(classifier, "epoch_generator", on_cpu)
     monkeypatch.setattr(Meter, "result", result)
@@ -385,16 +371,6 @@ def test_devices_never_mix_in_an_epoch(fake_cuda, monkeypatch):
     assert {tensor.device for pair in seen for tensor in pair} == {CUDA}
     assert {logits.dtype for _, logits in seen} == {torch.float16}
     assert {each["velocity"].device for each in state.optimizer.state.values()} == {CUDA}
-
-
-def test_devices_never_mix_in_evaluation(fake_cuda):
-    with CUDA:
-        model = CifarNet(4, 4).eval()
-    runtime = Runtime(CUDA, torch.float16)
-    (images,) = runtime.move(fake_batches(1)[0][0])
-    with torch.inference_mode(), runtime.autocast():
-        logits = view_logits(model, [shifted_views(images, True)])
-    assert logits.device == CUDA and logits.shape == (6, 20, 4) and logits.dtype == torch.float32
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
