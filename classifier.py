@@ -2489,7 +2489,7 @@ class Training:
         options = loader_options(config.data.num_workers, runtime)
         self.loader = build_loader(data.train, self.sampler, options)
         example = data.train.images[: min(share, train.batch_size)]
-        sizes = {recipe.image_size(done) for done in (0.0, 0.3, 0.6)}
+        sizes = {recipe.image_size(tenths / 10) for tenths in range(10)}  # all of the schedule's
         examples = [shrink(example, size) for size in sizes]
         net, self.report = accelerate(model.train(), runtime, config.run.compile, *examples)
         # An update cannot span more than one epoch.
@@ -2868,11 +2868,13 @@ class Benchmark:
         """The optimizations of each configuration: none, each alone, all that `auto` turns on, all.
 
         The baseline is repeated at the end: the difference shows how steady the machine was.
-        Mixed precision is left out where it would be emulated.
+        What the device lacks is left out, such as mixed precision where it would be emulated.
         """
-        off = {"mixed_precision": self.runtime.amp_dtype is None}
-        off["channels_last"] = self.runtime.memory_format is not torch.channels_last
-        off["compile"] = self.config.run.compile is False
+        off = {
+            "mixed_precision": self.runtime.amp_dtype is None,
+            "channels_last": self.runtime.memory_format is not torch.channels_last,
+            "compile": self.config.run.compile is False,
+        }
         possible = tuple(name for name in OPTIMIZATIONS if not off.get(name))
         compiles = self.runtime.device.type == "cuda"
         auto = tuple(name for name in possible if name != "compile" or compiles)

@@ -372,6 +372,18 @@ def test_what_torchrun_cannot_do_is_refused(capsys, monkeypatch, flags, words):
     assert (code, out) == (1, "") and words in last_line(err)
 
 
+@pytest.mark.cuda
+def test_train_evaluate_and_predict_on_a_gpu(capsys):
+    noise(50, 40).save("a.png")
+    device = ["--device", "cuda", "--no-compile", "--json"]
+    result = rows(run(capsys, *TRAIN, "--amp", *device)[1])[-1]
+    model = ["--model-path", "digits_model.pth", *device]
+    (again,) = rows(run(capsys, "--mode", "evaluate", "--no-mlflow", *model)[1])
+    assert again["test_accuracy_tta"] == result["test_accuracy_tta"]
+    (answer,) = rows(run(capsys, "--mode", "predict", "--image", "a.png", *model)[1])
+    assert answer["label"] in list("0123456789")
+
+
 def measured(scale=1.0):
     """What a configuration's process sends: three rounds of every measure."""
     seconds = {name: [scale * x for x in (1.0, 2.0, 4.0)] for name in classifier.MEASURES}
