@@ -661,14 +661,16 @@ def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
 
 def save_atomically(payload: Record, path: Path) -> None:
     """Writes a temporary file, then renames it to `path`: a crash leaves the old file intact."""
+    content = io.BytesIO()  # saving to a file, torch turns its errors and a stop into RuntimeErrors
+    torch.save(payload, content)
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
-            torch.save(payload, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except OSError as error:
         raise UserError(f"{path} could not be written: {error}") from None
     finally:
         with contextlib.suppress(OSError):  # gone if all went well
