@@ -1842,7 +1842,7 @@ class MlflowTracker(Tracker):
             text = f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
             params[name] = "auto" if value is None else text
         params.pop("resume")
-        alike = {name: text for name, text in params.items() if name not in ("seed", "run_name")}
+        alike = params | dict.fromkeys(("seed", "run_name", "model_path"))  # of one run only
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
         tags = {"task": self.config.run.mode, "torch": str(torch.__version__)}
         tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
@@ -2538,15 +2538,18 @@ class Training:
         record |= {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}
         return record, evaluation
 
-    def row(self, record: Record, left: float) -> str:
-        """A line of the epoch table, with `left` seconds left."""
+    def row(self, record: Record, seconds: float) -> str:
+        """A line of the epoch table, after `seconds` of training; time grows with images' areas."""
+        done, epochs = record["epoch"], self.config.train.epochs
+        areas = [self.recipe.image_size(epoch / epochs) ** 2 for epoch in range(epochs)]
+        left = duration(seconds * sum(areas[done:]) / sum(areas[:done]))
         evaluated, name = " " * 25, self.data.evaluation_name
         if f"{name}_loss" in record:
             evaluated = f"{record[f'{name}_loss']:12.4f}  {record[f'{name}_accuracy']:11.2%}"
         return (
             "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
             "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
-        ).format(**record, evaluated=evaluated, left=duration(left))
+        ).format(**record, evaluated=evaluated, left=left)
 
     def save(self, temperature: float, result: Record) -> Path:
         """The model's file, in a temporary folder if its own path became unwritable."""
@@ -2592,8 +2595,7 @@ def train_seed(
                 break
             record, evaluation = training.run_epoch()
             history.append(record)
-            mean = statistics.mean(each["seconds"] for each in history)
-            row = training.row(record, (epochs - state.epoch) * mean)
+            row = training.row(record, sum(each["seconds"] for each in history))
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)

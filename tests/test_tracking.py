@@ -398,7 +398,7 @@ def test_a_signal_while_the_store_works_loses_and_doubles_nothing(
 
 
 def test_a_group_is_of_runs_that_differ_in_the_seed_only(cpu, digits, store):
-    for words in ("--seed 0", "--seed 1 --run-name x", "--epochs 5"):
+    for words in ("--seed 0", "--seed 1 --run-name x --model-path x.pth", "--epochs 5"):
         config = classifier.parse_config(f"--dataset digits {words}".split())
         with open_tracker(config, cpu) as tracker:
             tracker.log_settings({}, digits)

@@ -229,6 +229,17 @@ def test_training_has_three_shapes(split, cpu, monkeypatch, count, batch_size):
 # --- Numbers of an epoch --------------------------------------------------------------------------
 
 
+def test_time_left_grows_with_the_images(split, cpu):
+    """After the first of ten epochs: two more of 20, three of 26 and four of 32 pixels."""
+    data = ImageData("tiny", tuple("abcd"), split, split)
+    config = parse_config(["--epochs", "10", "--width", "4", "--num-workers", "0"])
+    training = Training(config, data, cpu)
+    numbers = {"train_loss": 0.0, "train_accuracy": 0.0, "data_wait_seconds": 0.0}
+    record = {"epoch": 1, "lr": 0.0, "seconds": 100.0, "images_per_second": 1.0} | numbers
+    left = 100 * (2 * 20**2 + 3 * 26**2 + 4 * 32**2) / 20**2
+    assert training.row(record, 100.0).split()[-1] == classifier.duration(left)
+
+
 def test_meter_against_numpy(cpu):
     rng, meter, losses, correct = np.random.default_rng(0), Meter(CPU), [], []
     for size in (5, 5, 2):
