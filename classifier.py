@@ -401,7 +401,9 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
 # --------------------------------------------------------------------------------------------------
 # Runtime: device, precision, processes, signals, atomic writes. Independent of model and data.
 class Stopped(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that nothing swallows it."""
+    """SIGINT or SIGTERM. Not an Exception, so that handlers of errors let it through."""
+
+    pending: Stopped | None = None  # for the next batch: one raised in a destructor is lost
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -417,7 +419,8 @@ def stop_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         if hasattr(signal, "SIGCHLD"):  # torch would report workers killed by the signal as failed
             signal.signal(signal.SIGCHLD, lambda *_: None)
-        raise Stopped(signum)
+        Stopped.pending = Stopped(signum)
+        raise Stopped.pending
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
@@ -425,6 +428,7 @@ def stop_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        Stopped.pending = None
         for each, handler in before:
             signal.signal(each, handler)
 
@@ -1357,13 +1361,15 @@ def load_everywhere(settings: DataSettings, runtime: Runtime, training: bool = T
 
 
 def start_worker(_worker: int) -> None:
-    """Workers ignore Ctrl-C (the main process handles it) and exit when that process dies."""
+    """Workers leave signals to the main process and exit when that process dies."""
 
     def exit_with_parent() -> None:
         cast(Any, multiprocessing.parent_process()).join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # SIGTERM to the group could kill it while it sends a batch
+        os.setpgrp()
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
@@ -1728,7 +1734,7 @@ class MlflowTracker(Tracker):
         environment = os.environ.get("MLFLOW_TRACKING_URI")
         self.uri = config.tracking.tracking_uri or environment or "sqlite:///mlflow.db"
         if self.uri.startswith("sqlite:///"):  # the printed `mlflow ui` command must work anywhere
-            place = str(Path(self.uri.removeprefix("sqlite:///")).absolute())
+            place = Path(self.uri.removeprefix("sqlite:///")).absolute().as_posix()
             self.uri = f"sqlite:///{place}"
             self.database = Path(urllib.parse.unquote(place.split("?")[0]))  # it may have options
         mlflow.set_tracking_uri(self.uri)
@@ -1743,22 +1749,27 @@ class MlflowTracker(Tracker):
         self.pending.append((store, {"when": int(1000 * time.time())} | content))
         if not flush:
             return
-        deadline = time.monotonic() + TRACKING_PATIENCE
         try:
-            if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
-                with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
-                    connection.execute("BEGIN IMMEDIATE")
-            while self.pending:
-                store, content = self.pending[0]
-                store(**content)
-                self.pending.pop(0)
-                if self.pending and time.monotonic() > deadline:
-                    raise TimeoutError(f"it takes more than {TRACKING_PATIENCE:g} s")
+            with ThreadPoolExecutor(1) as pool:  # signals stop the main thread only
+                pool.submit(self.send_pending).result()
         except Exception as error:  # tracking must never end a training
             if not self.warned:
                 problem = f"cannot log to MLflow at {self.uri}: {first_line(error)}"
                 log(f"{problem}; continuing, each epoch tries again")
             self.warned = True
+
+    def send_pending(self) -> None:
+        """Sends what is pending. A stop in the middle would double it or break a new database."""
+        deadline = time.monotonic() + TRACKING_PATIENCE
+        if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
+            with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        while self.pending:
+            store, content = self.pending[0]
+            store(**content)
+            self.pending.pop(0)
+            if self.pending and time.monotonic() > deadline:
+                raise TimeoutError(f"it takes more than {TRACKING_PATIENCE:g} s")
 
     def store_start(self, when: int) -> None:
         """Finds or makes the experiment, then continues the run `run_id` or makes a new one."""
@@ -2133,6 +2144,8 @@ def train_epoch(
     meter, started = Meter(runtime.device), time.perf_counter()
     state.replica.train()
     for batch, weight, closes in accumulation_windows(meter.timed(batches), count, steps):
+        if Stopped.pending:
+            raise Stopped.pending
         batch = runtime.move(*batch)
         size, labels = recipe.image_size(state.progress), batch[1]
         images = augment(batch, epoch, size, recipe, generators)
@@ -2897,8 +2910,9 @@ class Benchmark:
             log(f"{name} was not measured: its process died")
             return None
         finally:
-            child.kill()
-            child.join()
+            if child.pid:
+                child.kill()
+                child.join()
 
     def add(self, name: str, found: Any) -> list[Record]:
         """Images per second (ms for one image), and the speed relative to the baseline."""
@@ -3043,12 +3057,13 @@ def explain(error: Exception, config: Config) -> str | None:
         case RuntimeError() if "DataLoader worker" in str(error):
             command = command_line(config, num_workers=0, resume=config.resumable)
             return f"{first_line(error)}; memory or /dev/shm ran out: try {command}"
-        case RuntimeError() if isinstance(error, torch.OutOfMemoryError) or "allocat" in str(error):
+        case RuntimeError() if re.search("out of memory|allocat|ALLOC_FAILED", str(error)):
             half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
             return f"out of memory; training needs less with {flags}"
         case RuntimeError() if isinstance(error, dist.DistError) or "gloo" in str(error):
-            return f"lost another process, whose own error comes first: {first_line(error)}"
+            text = " ".join(str(error).split())  # NCCL gives the cause last
+            return f"lost another process, whose own error comes first, if it has one: {text}"
         case OSError() if error.errno in known:
             return f"{error.filename or 'a file'}: {error.strerror}"
     return None

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, rows, run, same, weights
+
+import classifier
 
 EXACT = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
 KILLS = 12
@@ -44,6 +47,25 @@ def test_a_full_disk_costs_no_epoch(capsys, monkeypatch):
     assert code == 0 and err.count("No space left on device; training goes on") == 2
     assert [row.get("epoch") for row in rows(out)] == [1, 2, 3, 4, None]
     assert [row["epoch"] for row in kept] == [1] and os.listdir() == ["digits_model.pth"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_a_destructor_swallows_counts_at_the_next_batch(capsys, monkeypatch):
+    real, calls = classifier.augment, []
+
+    class Destroyed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def augment(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            Destroyed()
+        return real(*args)
+
+    monkeypatch.setattr(classifier, "augment", augment)
+    code, _, err = run(capsys, "--mode", "train", *TINY, "--limit-images", 128)
+    assert code == 143 and "stopped by SIGTERM" in err and len(calls) == 2
 
 
 def start(folder, *flags, **options):

@@ -332,10 +332,12 @@ def test_absent_device(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "error,words",
     [
-        (torch.OutOfMemoryError("CUDA"), "--batch-size 16 --accumulate-grad-steps 2"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "--accumulate-grad-steps 2"),
+        (RuntimeError("CUDA error: out of memory\nSearch for"), "--batch-size 16"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), "try python"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch-size 16"),
         (RuntimeError("gloo: Connection closed by peer"), "lost another process"),
+        (torch.distributed.DistBackendError("NCCL error\nLast error:\nno route"), "no route"),
         (ModuleNotFoundError("No module named 'sklearn'"), "pip install -r requirements.txt"),
         (OSError(28, "No space left on device", "a/file"), "a/file: No space left on device"),
     ],

@@ -375,7 +375,7 @@ def another_thread():
 def test_a_signal_while_the_store_works_loses_and_doubles_nothing(
     cpu, digits, store, monkeypatch, tmp_path
 ):
-    """The record that it met is sent again: the store has it once."""
+    """The stop waits until the record is stored."""
     from mlflow import MlflowClient
 
     real, calls = MlflowClient.log_batch, []
@@ -385,15 +385,14 @@ def test_a_signal_while_the_store_works_loses_and_doubles_nothing(
         calls.append(args)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(1000):  # so that the interpreter looks for signals
-                time.sleep(0)
+            time.sleep(0.2)  # the main thread is stopped meanwhile
         return answer
 
     monkeypatch.setattr(MlflowClient, "log_batch", interrupting)
     with pytest.raises(classifier.Stopped), classifier.stop_signals():
         log_something(settings(), cpu, digits)
     client, _, (found,) = runs_of(store)
-    assert found.info.status == "KILLED" and len(calls) == 3
+    assert found.info.status == "KILLED" and len(calls) == 2
     assert steps(client, found.info.run_id) == [0]
 
 
