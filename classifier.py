@@ -403,7 +403,7 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
 class Stopped(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that handlers of errors let it through."""
 
-    pending: Stopped | None = None  # for the next batch: one raised in a destructor is lost
+    pending: Stopped | None = None  # raised again at the next batch: destructors swallow it
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
