@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import classifier
-from classifier import MODEL_FORMAT, CifarNet, UserError, load_model, save_atomically
+from classifier import FILE_FORMAT, CifarNet, UserError, load_model, save_atomically
 from conftest import Evil, noise, rows, run, same
 
 
@@ -71,7 +71,7 @@ def test_a_failing_save_leaves_the_old_file_whole(tmp_path, monkeypatch, error, 
 
 
 def write_legacy(path):
-    payload = {"format_version": MODEL_FORMAT, "weights": Evil()}
+    payload = {"format_version": FILE_FORMAT, "weights": Evil()}
     torch.save(payload, path, _use_new_zipfile_serialization=False)
 
 
@@ -85,7 +85,7 @@ def refusal(capsys, mode, path):
     return told[0]
 
 
-VERSION = {"format_version": MODEL_FORMAT}
+VERSION = {"format_version": FILE_FORMAT}
 BAD = {  # what is at the path: bytes, what torch saved, or what a function made; and the message
     "missing": (lambda path: None, "no such model"),
     "folder": (lambda path: path.mkdir(), "cannot be read|directory"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from classifier import (
     CifarNet,
+    ConvBlock,
     DataSettings,
     RecipeSettings,
     add_bars,
@@ -95,6 +96,18 @@ def test_real_statistics_are_cifar10s(real_cifar):
         (found[1], (0.247, 0.2435, 0.2616)),
     ):
         torch.testing.assert_close(part, torch.tensor(known), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_a_blocks_pool_is_the_mean_of_overlapping_maxima(side):
+    block = ConvBlock(3, 3)  # both convolutions start as the identity
+    image = torch.randn(1, 3, side, side)
+    maxima = image.unfold(2, 2, 1).unfold(3, 2, 1).amax((4, 5))
+    rows = torch.stack([maxima[:, :, k : k + 2].mean(2) for k in range(0, side - 1, 2)], 2)
+    pooled = torch.stack([rows[..., k : k + 2].mean(3) for k in range(0, side - 1, 2)], 3)
+    scale = (1 + block.norm1.eps) ** -0.5
+    expected = F.gelu(F.gelu(pooled * scale) * scale)
+    torch.testing.assert_close(block.eval()(image), expected)
 
 
 def test_learns_one_batch_by_heart():
