@@ -728,7 +728,7 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
 class ConvBlock(nn.Module):
     """Two 3x3 convolutions; the first is followed by a max-pool that halves the sides.
 
-    Its outputs are means of four overlapping 2x2 maxima, which change less when an image is
+    The pool's outputs are means of four overlapping 2x2 maxima, which change less when an image is
     shifted by one pixel (Zhang 2019, arXiv:1904.11486).
     """
 
@@ -744,7 +744,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in, S, S)
         x = F.max_pool2d(self.conv1(x), 2, stride=1)
-        x = F.avg_pool2d(x, 2, ceil_mode=True)  # a last row or column by itself is also used
+        x = F.avg_pool2d(x, 2, ceil_mode=True)  # also uses an odd last row or column
         x = F.gelu(self.norm1(x))
         return F.gelu(self.norm2(self.conv2(x)))  # (N, out, S/2, S/2)
 
