@@ -340,8 +340,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     dataset = given.get("dataset") or DATASETS[0]
     if dataset not in DATASETS and not os.path.isdir(dataset):
         parser.error(f"argument --dataset: {dataset} is not {', '.join(DATASETS)} or a folder")
-    if given.get("mode") == "predict" and not given.get("image"):
-        parser.error("argument --image: --mode predict needs at least one picture")
+    if (given.get("mode") == "predict") != bool(given.get("image")):
+        parser.error("argument --image: pictures are for --mode predict, which needs at least one")
     if given.get("resume") and given.get("repeats", 1) > 1:
         parser.error("argument --resume: not allowed with --repeats")
     given |= {name: tuple(given[name]) for name in ("image", "data_url") if name in given}

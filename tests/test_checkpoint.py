@@ -77,9 +77,8 @@ def write_legacy(path):
 
 def refusal(capsys, mode, path):
     """What a mode says to a model file that it refuses: one line, and nothing on stdout."""
-    code, out, err = run(
-        capsys, "--mode", mode, "--model-path", path, "--image", "x.png", "--no-mlflow"
-    )
+    image = ["--image", "x.png"] if mode == "predict" else []
+    code, out, err = run(capsys, "--mode", mode, "--model-path", path, *image, "--no-mlflow")
     told = [line for line in err.splitlines() if not line.startswith("python ")]
     assert code == 1 and not out and len(told) == 1 and path.name in told[0]
     return told[0]

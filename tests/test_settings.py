@@ -58,8 +58,9 @@ def another_value(each):
 @pytest.mark.parametrize("each", Config().fields(), ids=lambda each: each.name)
 def test_each_setting_is_one_flag_and_comes_back_from_the_command_line(each):
     value, words = another_value(each)
-    config = parse_config(words)
-    assert config.flat() == DEFAULTS | {each.name: value}
+    mode = {"mode": "predict"} if each.name == "image" else {}
+    config = parse_config([*words, *(["--mode", "predict"] if mode else [])])
+    assert config.flat() == DEFAULTS | mode | {each.name: value}
     again = shlex.split(command_line(config))[2:]
     assert parse_config(again) == config
 
@@ -118,6 +119,7 @@ def test_a_runs_name_says_what_differs(words, name):
         "--epoch 3",  # no abbreviations
         "--batch-size auto",  # has a default that is no auto
         "--mode predict",  # without --image
+        "--image x.png",  # without --mode predict, it would train
     ],
 )
 def test_impossible_words_are_refused_with_the_flags_name(words, capsys):
