@@ -81,7 +81,8 @@ FILE_FORMAT = 5  # increase it when older models or resume files no longer fit t
 CACHE_FORMAT = 1  # increase it when the letterbox changes
 TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
 Record = dict[str, Any]  # results or settings by their names
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+# Of the pictures in a folder. HEIC cannot be read, but its message says what to do.
+PICTURE_NAME = re.compile(r"(?is)[^.].*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1193,8 +1194,7 @@ def pictures_below(folder: str | Path) -> list[str]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES)]
-        found += [os.path.join(place, name) for name in pictures if name[0] != "."]
+        found += [os.path.join(place, name) for name in names if PICTURE_NAME.fullmatch(name)]
     return sorted(found, key=natural)
 
 
