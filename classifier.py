@@ -2373,16 +2373,15 @@ class Predictor:
             return Prediction(source, views=views)
 
         names, remaining = self.saved.class_names, iter(sources)
-        started, chunk = time.perf_counter(), list(itertools.islice(remaining, PREDICTION_BATCH))
+        chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
         with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
             loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
             while chunk:
-                batch = list(loading)
+                started, batch = time.perf_counter(), list(loading)
                 chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
                 loading = pool.map(load, chunk)
                 best = self.answer(batch, tta).topk(min(top_k, len(names)))
                 milliseconds = 1000 * (time.perf_counter() - started) / len(batch)
-                started = time.perf_counter()
                 rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
                 for picture, values, indices in rows:
                     if picture.error:
@@ -2734,21 +2733,21 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
     settings, count, failures, total, folder = config.prediction, 0, 0, None, None
+    compile = bool(config.run.compile)  # `auto` is off: not worth it for one run
+    predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, compile)
     if settings.save_inputs:
         folder = Path(settings.save_inputs)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--save-inputs {folder}: {error.strerror}") from None
-    compile = bool(config.run.compile)  # `auto` is off: not worth it for one run
-    predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, compile)
     images: Any = find_images(settings.image)
     if "-" not in settings.image:
         images = list(images)
         total = len(images)
     started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
     answers: Any = predictor.predict(images, *asked)
-    if not sys.stdout.isatty():  # on a terminal the answers themselves show the progress
+    if config.run.json or not sys.stdout.isatty():  # else the answers show the progress
         answers = progress(answers, "pictures", total)
     for count, answer in enumerate(answers, 1):
         failures += bool(answer.error)
