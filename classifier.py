@@ -642,12 +642,15 @@ def accelerate(
 
 @contextlib.contextmanager
 def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
-    """Holds the lock file `path`; UserError if another process has it (`timeout` -1: wait)."""
-    lock = FileLock(path, timeout=timeout)
+    """Holds the lock file `path`; UserError if another process has it (`timeout` -1: waits)."""
+    lock = FileLock(path)
     try:
-        lock.acquire()
+        lock.acquire(max(timeout, 0))
     except Timeout:
-        raise UserError(refusal) from None
+        if timeout >= 0:
+            raise UserError(refusal) from None
+        log(refusal)
+        lock.acquire()
     except (OSError, NotImplementedError) as error:  # some network disks cannot lock
         log(f"{path} cannot be locked ({first_line(error)}): use it from one process only")
     try:
@@ -1078,7 +1081,8 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
     with contextlib.suppress(OSError):
         data_dir.mkdir(parents=True, exist_ok=True)
     writable = data_dir.is_dir() and os.access(data_dir, os.W_OK)
-    with hold_lock(data_dir / ".lock", -1, "") if writable else contextlib.nullcontext():
+    waiting = f"waiting for another process that writes to {data_dir}"
+    with hold_lock(data_dir / ".lock", -1, waiting) if writable else contextlib.nullcontext():
         yield writable
 
 

@@ -5,6 +5,7 @@ import copy
 import errno
 import os
 import signal
+import threading
 from dataclasses import replace
 
 import filelock
@@ -168,6 +169,24 @@ def test_a_lock_is_held_by_one_at_a_time_and_leaves_no_file(tmp_path):
     with hold_lock(path, 0, "taken"):
         assert path.exists()
     assert not path.exists()
+
+
+def test_who_waits_for_a_lock_says_so(tmp_path, capsys):
+    path, order, told = tmp_path / ".lock", [], ""
+
+    def second():
+        with hold_lock(path, -1, "waiting"):
+            order.append("second")
+
+    with hold_lock(path, -1, "waiting"):
+        assert capsys.readouterr().err == ""
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not told:
+            told = capsys.readouterr().err
+        order.append("first")
+    thread.join()
+    assert told == "waiting\n" and order == ["first", "second"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
