@@ -2559,7 +2559,7 @@ class Training:
         return record, evaluation
 
     def row(self, record: Record, seconds: float) -> str:
-        """A line of the epoch table, after `seconds` of training; time grows with images' areas."""
+        """A line of the epoch table, `seconds` after the start; time grows with images' areas."""
         done, epochs = record["epoch"], self.config.train.epochs
         areas = [self.recipe.image_size(epoch / epochs) ** 2 for epoch in range(epochs)]
         left = duration(seconds * sum(areas[done:]) / sum(areas[:done]))
@@ -2607,6 +2607,7 @@ def train_seed(
         for step, record in enumerate(history, 1):  # epochs that an interruption kept from MLflow
             tracker.log_metrics(record, step, flush=False)
         emit({}, EPOCH_HEADING.format(name), config, runtime)
+        started = time.perf_counter() - sum(each["seconds"] for each in history)
         while True:
             if keep:
                 done = {"state": state.state_dict(), "history": history, "run_id": tracker.run_id}
@@ -2615,7 +2616,7 @@ def train_seed(
                 break
             record, evaluation = training.run_epoch()
             history.append(record)
-            row = training.row(record, sum(each["seconds"] for each in history))
+            row = training.row(record, time.perf_counter() - started)
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
             tracker.log_metrics(record | memory, state.epoch)

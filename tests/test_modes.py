@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import shlex
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +163,18 @@ def test_eval_every(capsys):
     flags = ["--epochs", 5, "--eval-every", 2, "--json"]
     *epochs, _ = rows(run(capsys, "--mode", "train", *LITTLE, *flags)[1])
     assert ["test_accuracy" in epoch for epoch in epochs] == [False, True, False, True, True]
+
+
+def test_time_left_counts_evaluations(capsys, monkeypatch):
+    real = classifier.evaluate
+
+    def slow(*arguments):
+        time.sleep(5)
+        return real(*arguments)
+
+    monkeypatch.setattr(classifier, "evaluate", slow)
+    _, out, _ = run(capsys, "--mode", "train", *LITTLE, "--epochs", 2)
+    assert out.splitlines()[1].split()[-1] >= "0:00:05"
 
 
 def test_repeats(capsys):
