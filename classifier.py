@@ -1605,8 +1605,8 @@ def reserve_model_path(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
+        with tempfile.NamedTemporaryFile(prefix=f"{path.name}.resume.", dir=path.parent):
+            pass  # the longest of the names to come
     except OSError as error:
         raise UserError(f"--model-path {path} cannot be written: {error.strerror}") from None
     refusal = f"another training is writing {path}: wait for it or use another --model-path"
@@ -2578,9 +2578,10 @@ class Training:
         try:
             save_model(path, *content)
         except UserError as error:
+            log(f"{error}; once it can be, --resume saves the model there without training again")
             path = Path(tempfile.mkdtemp(prefix="classifier-"), path.name)
             save_model(path, *content)
-            log(f"{error}: the model is in {path}")
+            log(f"the model is in {path}")
         return path
 
 
@@ -3097,6 +3098,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stopped.signum
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if config.resumable:
+            log(f"stdout was closed; continue with: {command_line(config, resume=True)}")
         return 1
     except Exception as error:
         if not (text := explain(error, config)):

@@ -270,6 +270,7 @@ def test_a_claimed_width_takes_no_memory(crafted, monkeypatch):
 
 def test_unwritable_model_path_is_found_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "model.pth", tmp_path):
+    long = f"{246 * 'a'}.pth"  # 250 bytes, too long for `<name>.resume.tmp`
+    for path in (tmp_path / "file" / "model.pth", tmp_path, tmp_path / long):
         code, out, err = run(capsys, "--dataset", "digits", "--no-mlflow", "--model-path", path)
         assert code == 1 and "--model-path" in err and not out

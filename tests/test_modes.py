@@ -204,7 +204,7 @@ def test_a_model_that_finds_no_place_goes_elsewhere(capsys, monkeypatch, tmp_pat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("elsewhere")))
     code, out, err = run(capsys, *TRAIN, *flags, "--json")
     path = next(row["model_path"] for row in rows(out) if row["event"] == "result")
-    assert code == 1 and f"the model is in {path}" in err
+    assert code == 1 and f"the model is in {path}" in err and "--resume saves the model" in err
     assert classifier.load_model(Path(path)).dataset == "digits"
     assert os.listdir() == ["digits_model.pth.resume"]
 
@@ -566,6 +566,15 @@ def test_benchmark(cli, tmp_path):
     assert combined["memory/peak_mb"] > 50
     stored = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert stored == {"benchmark.md"}
+
+
+@pytest.mark.slow
+def test_a_training_whose_reader_ends_says_how_to_continue():
+    words = shlex.join(["--mode", "train", *LITTLE, "--epochs", "9"])
+    command = f"{sys.executable} {classifier.__file__} {words} | head -n 1"
+    piped = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert len(piped.stdout.splitlines()) == 1 and "Traceback" not in piped.stderr
+    assert "stdout was closed; continue with: python" in last_line(piped.stderr)
 
 
 @pytest.mark.slow
