@@ -641,15 +641,16 @@ def accelerate(
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
-    """Holds the lock file `path`; UserError if another process has it (`timeout` -1: waits)."""
+def hold_lock(path: Path, timeout: float, message: str) -> Iterator[None]:
+    """Holds the lock file `path`. If another process has it for `timeout` seconds, UserError with
+    `message`; with `timeout` -1, logs it and waits."""
     lock = FileLock(path)
     try:
         lock.acquire(max(timeout, 0))
     except Timeout:
         if timeout >= 0:
-            raise UserError(refusal) from None
-        log(refusal)
+            raise UserError(message) from None
+        log(message)
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # some network disks cannot lock
         log(f"{path} cannot be locked ({first_line(error)}): use it from one process only")
@@ -2753,7 +2754,7 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         total = len(images)
     started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
     answers: Any = predictor.predict(images, *asked)
-    if config.run.json or not sys.stdout.isatty():  # else the answers show the progress
+    if not (config.run.json or sys.stdout.isatty()):  # else lines on the terminal show it
         answers = progress(answers, "pictures", total)
     for count, answer in enumerate(answers, 1):
         failures += bool(answer.error)
