@@ -387,7 +387,6 @@ def test_machines_with_other_data_are_refused(tmp_path):
 
 
 def test_compiled_under_torchrun(tmp_path):
-    one_shape = ["--epochs", 1, "--start-size", 32]
-    done = torchrun(tmp_path, "--mode", "train", *TINY, *one_shape, "--compile")
+    done = torchrun(tmp_path, "--mode", "train", *TINY, "--epochs", 1, "--compile")
     assert done.returncode == 0 and "compiled: True" in done.stderr, done.stderr
     assert classifier.load_model(tmp_path / "digits_model.pth").dataset == "digits"

@@ -28,7 +28,7 @@ from classifier import (
 )
 
 # Augmentation that changes nothing.
-PLAIN = RecipeSettings(shift=0, flip=False, cutout=0, letterbox_share=0.0, start_size=32)
+PLAIN = RecipeSettings(shift=0, flip=False, cutout=0, letterbox_share=0.0)
 
 
 def random_images(count, channels=3):

@@ -307,7 +307,7 @@ def test_compiled_equals_eager(cpu, model, images):
 @pytest.mark.slow
 def test_compiled_training_in_bfloat16_follows_eager_training(cli):
     """Its gradients were once not a number where eager ones were fine."""
-    plain = ["--cutout", "0", "--letterbox-share", "0", "--start-size", "32"]
+    plain = ["--cutout", "0", "--letterbox-share", "0"]
     flags = ["--mode", "train", *TINY, "--epochs", "1", "--amp", "--json", *plain]
     flags += ["--limit-images", "96"]
     eager, compiled = (cli(*flags, *more) for more in ([], ["--compile"]))

@@ -157,15 +157,15 @@ def test_auto_means_unset():
 @pytest.mark.parametrize(
     "words,expected",
     [
-        ("", (0.0192, 20)),
-        ("--init-from a.pth", (0.015, 32)),
-        ("--init-from a.pth --lr 0.5 --start-size 24", (0.5, 24)),
+        ("", 0.0192),
+        ("--init-from a.pth", 0.015),
+        ("--init-from a.pth --lr 0.5", 0.5),
     ],
 )
-def test_auto_rate_and_size(words, expected):
+def test_auto_rate(words, expected):
     config = parse_config(words.split())
     recipe = config.recipe.resolve(config.train.init_from, True)
-    assert (recipe.lr, recipe.start_size) == expected
+    assert recipe.lr == expected
 
 
 @pytest.mark.parametrize("words,flips", [("", (False, True)), ("--no-flip", (False, False))])

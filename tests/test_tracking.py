@@ -121,12 +121,11 @@ def test_every_setting_and_every_fact_is_a_parameter(logged):
     facts = {name for name in params if name.startswith("run_")} - {"run_name"}
     loading = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "non_blocking"}
     speed = {"amp_dtype", "amp_reason", "compile", "compile_reason", "memory_format"}
-    work = {"effective_batch", "peak_lr", "start_size", "flip"}
+    work = {"effective_batch", "peak_lr", "flip"}
     work |= {"dataset", "train_images", "data_loading"}
     machine = {"device", "threads", "world_size", "backend"}
     assert facts == {f"run_{name}" for name in loading | speed | work | machine}
     assert params["run_effective_batch"] == "32" and params["run_num_workers"] == "0"
-    assert params["start_size"] == "auto" and params["run_start_size"] == "20"
     assert params["run_flip"] == "False" and float(params["run_peak_lr"]) == 0.0192 / 4
 
 

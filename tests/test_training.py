@@ -40,7 +40,7 @@ from classifier import (
 
 RECIPE = RecipeSettings(width=4).resolve(None, flip=True)
 # Without augmentation.
-PLAIN = replace(RECIPE, shift=0, flip=False, cutout=0, letterbox_share=0.0, start_size=32)
+PLAIN = replace(RECIPE, shift=0, flip=False, cutout=0, letterbox_share=0.0)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -196,9 +196,9 @@ def test_muon_keeps_filters_on_their_sphere():
 
 
 def test_sizes_grow():
-    sizes = [RECIPE.image_size(update / 20) for update in range(20)]
+    sizes = [RecipeSettings(start_size=20).image_size(update / 20) for update in range(20)]
     assert sizes == [20] * 6 + [26] * 6 + [32] * 8
-    assert RecipeSettings(start_size=32).image_size(0.0) == 32
+    assert RecipeSettings().image_size(0.0) == 32
 
 
 @pytest.mark.parametrize("count,batch_size", [(20, 128), (50, 16)])
@@ -206,7 +206,7 @@ def test_training_has_three_shapes(split, cpu, monkeypatch, count, batch_size):
     """torch.compile makes a variant for each beforehand, so no short batch may come later."""
     data = ImageData("tiny", tuple("abcd"), split.take(slice(count)), split.take(slice(8)))
     words = f"--epochs 10 --batch-size {batch_size} --width 4 --num-workers 0 --eval-every 0"
-    config = parse_config([*words.split(), "--compile"])
+    config = parse_config([*words.split(), "--compile", "--start-size", "20"])
     shapes = []
 
     def look(net, inputs, _):
@@ -232,8 +232,8 @@ def test_training_has_three_shapes(split, cpu, monkeypatch, count, batch_size):
 def test_time_left_grows_with_the_images(split, cpu):
     """After the first of ten epochs: two more of 20, three of 26 and four of 32 pixels."""
     data = ImageData("tiny", tuple("abcd"), split, split)
-    config = parse_config(["--epochs", "10", "--width", "4", "--num-workers", "0"])
-    training = Training(config, data, cpu)
+    words = "--epochs 10 --width 4 --num-workers 0 --start-size 20"
+    training = Training(parse_config(words.split()), data, cpu)
     numbers = {"train_loss": 0.0, "train_accuracy": 0.0, "data_wait_seconds": 0.0}
     record = {"epoch": 1, "lr": 0.0, "seconds": 100.0, "images_per_second": 1.0} | numbers
     left = 100 * (2 * 20**2 + 3 * 26**2 + 4 * 32**2) / 20**2
@@ -376,7 +376,7 @@ def test_devices_never_mix_in_an_epoch(fake_cuda, monkeypatch):
     """Augmentation at all sizes, forward, loss, meter and the optimizer's steps."""
     state, seen = fake_training(monkeypatch), []
     state.model.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
-    train_epoch(state, fake_batches(6), 6, 1, RECIPE, 0)
+    train_epoch(state, fake_batches(6), 6, 1, replace(RECIPE, start_size=20), 0)
     assert state.updates == 6
     assert [images.shape[-1] for images, _ in seen] == [20, 20, 26, 26, 32, 32]
     assert {tensor.device for pair in seen for tensor in pair} == {CUDA}
