@@ -203,7 +203,7 @@ FACTS = {
 
 def write_facts():
     """What holds within two processes; each writes what it found."""
-    with classifier.open_runtime(RunSettings(device="cpu")) as runtime:
+    with classifier.open_runtime(RunSettings(device="cpu", amp=False)) as runtime:
         found = {name: fact(runtime) for name, fact in FACTS.items()}
         if runtime.rank == 0:  # the other must wait for it
             time.sleep(1)
