@@ -792,7 +792,7 @@ class CifarNet(nn.Module):
         """The trained parameters, grouped by how the optimizer treats them."""
         filters = [each for each in self.blocks.parameters() if each.ndim == 4]
         biases = [each for each in self.parameters() if each.ndim == 1 and each.requires_grad]
-        return {"filters": filters, "head": [*self.head.parameters()], "biases": biases}
+        return {"filters": filters, "head": list(self.head.parameters()), "biases": biases}
 
     @torch.no_grad()
     def adopt(self, other: CifarNet, images: Tensor, labels: Tensor) -> None:
