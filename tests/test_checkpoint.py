@@ -195,7 +195,7 @@ def test_answers_that_are_not_finite_are_one_line(crafted, tmp_path, capsys):
     huge = {
         "stem.bias": torch.ones(24),
         "blocks.1.conv1.weight": torch.full((4, 1, 3, 3), 3e38),
-        "blocks.2.conv1.weight": torch.full((4, 4, 3, 3), 3e38),
+        "blocks.2.conv1.weight": torch.full((6, 4, 3, 3), 3e38),
     }
     path = crafted(weights=huge)
     load_model(path)

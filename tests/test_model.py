@@ -110,6 +110,14 @@ def test_a_blocks_pool_is_the_mean_of_overlapping_maxima(side):
     torch.testing.assert_close(block.eval()(image), expected)
 
 
+def test_the_features_are_means_of_overlapping_maxima(model, images):
+    seen = []
+    model.blocks.register_forward_hook(lambda *call: seen.append(call[2]))
+    found = model.features(images)
+    maxima = seen[0].unfold(2, 2, 1).unfold(3, 2, 1).amax((4, 5))
+    torch.testing.assert_close(found, maxima.mean((2, 3)))
+
+
 def test_learns_one_batch_by_heart():
     images, labels = random_images(20), torch.arange(20) % 7
     torch.manual_seed(0)
