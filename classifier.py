@@ -21,6 +21,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import ctypes
 import datetime
 import errno
 import functools
@@ -567,6 +568,11 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
     if world_size > 1 and device.type == "mps":
         raise UserError("torchrun cannot use mps: add --device cpu")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Large tensors' memory would go back to Linux, which clears it before each use.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep what is freed
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Benchmarks algorithms for each new shape: training has few shapes, prediction many.

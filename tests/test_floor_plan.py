@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3116
+MOST_LINES = 3122
 MOST_FLAGS = 40
 MOST_PACKED = 2  # statements with more than one comprehension or conditional expression
 SCREEN = 60  # lines of a function with its docstring
