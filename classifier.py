@@ -569,9 +569,9 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         raise UserError("torchrun cannot use mps: add --device cpu")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Large tensors' memory would go back to Linux, which clears it before each use.
+        # Else Linux gets large tensors' memory back, and clears it before each use.
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep what is freed
     if device.type == "cuda":
         torch.cuda.set_device(device)
