@@ -587,13 +587,13 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restart, store)
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        # If DDP imported it, its default arguments would keep the group: gloo's threads would go
+        # on after destroy_process_group, and could abort the process (pytorch/pytorch#179291).
+        from torch.distributed import nn as _  # noqa: F401
+
         dist.init_process_group(backend, store=store, device_id=bound, **sizes)
-    dtype, reason = pick_amp_dtype(device, run.amp)
-    yield Runtime(device, dtype, reason, rank, world_size, local_world_size)
+    yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_world_size)
     if world_size > 1:  # not after an error: NCCL would wait for processes that have failed
-        # gloo's threads abort a process that ends while they hold a Python tensor
-        # (pytorch/pytorch#179291); waiting for the others lets them finish.
-        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -205,10 +205,8 @@ def write_facts():
     """What holds within two processes; each writes what it found."""
     with classifier.open_runtime(RunSettings(device="cpu", amp=False)) as runtime:
         found = {name: fact(runtime) for name, fact in FACTS.items()}
-        if runtime.rank == 0:  # the other must wait for it
-            time.sleep(1)
-            Path("main_is_done").touch()
-    found["main_was_done"] = Path("main_is_done").exists()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    found["gloo_threads"] = [name for name in threads if "gloo" in name]
     Path(f"rank{runtime.rank}").write_text(json.dumps(found))
 
 
@@ -246,8 +244,9 @@ def test_processes_evaluate_each_image_once(facts):
         assert together[:-1] == pytest.approx(alone[:-1], rel=1e-4) and together[-1] == alone[-1]
 
 
-def test_processes_leave_together(facts):
-    assert facts["main_was_done"] == [True, True]
+def test_gloo_has_ended_before_the_process_does(facts):
+    """A thread of its own that outlives Python aborts the process (pytorch/pytorch#179291)."""
+    assert facts["gloo_threads"] == [[], []]
 
 
 @pytest.fixture(scope="module")
