@@ -587,8 +587,8 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restart, store)
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        # If DDP imported it, its default arguments would keep the group: gloo's threads would go
-        # on after destroy_process_group, and could abort the process (pytorch/pytorch#179291).
+        # If DDP imported it later, its default arguments would keep the group: gloo's threads would
+        # outlive destroy_process_group and could abort the process (pytorch/pytorch#179291).
         from torch.distributed import nn as _  # noqa: F401
 
         dist.init_process_group(backend, store=store, device_id=bound, **sizes)

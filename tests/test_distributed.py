@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU do what one does, and end together."""
+"""Two gloo processes on the CPU do what one does, and end cleanly."""
 
 import json
 import os
@@ -245,7 +245,7 @@ def test_processes_evaluate_each_image_once(facts):
 
 
 def test_gloo_has_ended_before_the_process_does(facts):
-    """A thread of its own that outlives Python aborts the process (pytorch/pytorch#179291)."""
+    """One of its threads can abort a process that is ending (pytorch/pytorch#179291)."""
     assert facts["gloo_threads"] == [[], []]
 
 
