@@ -6,7 +6,7 @@
     python classifier.py --mode train                      # 20 epochs; downloads CIFAR-10 if needed
     python classifier.py --mode train --dataset digits     # try everything without a download
     python classifier.py --mode evaluate                   # accuracy and calibration of a model
-    python classifier.py --mode predict --image photo.jpg  # files, folders, globs; - reads stdin
+    python classifier.py --mode predict --image photo.jpg  # files, folders, globs; - reads paths
     python classifier.py --mode benchmark                  # how much each optimization gains
     torchrun --nproc-per-node 4 classifier.py --mode train # several devices
 
@@ -205,7 +205,7 @@ class RecipeSettings:
     flip: bool | None = setting(None, "flip images, also in TTA (auto: off for digits)", "flip")
     shift: int = setting(3, "maximum shift of images in pixels", "shift", least=0, most=16)
     cutout: int = setting(8, "side of the gray cutout in pixels", "cut", least=0, most=32)
-    letterbox_share: float = setting(0.2, "share of images with bars", "box", least=0.0, most=1.0)
+    letterbox_share: float = setting(0.2, "share put between gray bars", "box", least=0.0, most=1.0)
 
     def resolve(self, init_from: str | None, flip: bool) -> RecipeSettings:
         """The recipe with `auto` resolved; `flip` is the data set's default."""
@@ -284,7 +284,7 @@ def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
     tests = {"above": operator.gt, "least": operator.ge, "most": operator.le}
     bounds = {name: limits[name] for name in tests if name in limits}
     if not all(tests[name](value, bound) for name, bound in bounds.items()):  # NaN fails every test
-        needed = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+        needed = ", ".join(f"{name} {bound:.10g}" for name, bound in bounds.items())
         needed = needed.replace("least", "at least").replace("most", "at most")
         raise ValueError(f"must be {needed}")
 
@@ -510,8 +510,7 @@ class Runtime:
         return torch.contiguous_format if self.device.type == "mps" else torch.channels_last
 
     def autocast(self) -> torch.autocast:
-        enabled = self.amp_dtype is not None
-        return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None)
 
     def move(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors on the device; on CUDA the copies are asynchronous."""
@@ -885,10 +884,10 @@ def jpeg_scans(data: bytes) -> int:
     return max(scans, 2 * together)
 
 
-def gray_levels(image: Image.Image, sixteen_bits: bool) -> Image.Image:
+def gray_levels(image: Image.Image) -> Image.Image:
     """An integer or float picture as 8-bit gray; Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    largest = 65535 if sixteen_bits else values.max(initial=0)
+    largest = 65535 if image.mode.startswith("I;16") else values.max(initial=0)
     full = next((scale for scale in (1.0, 255.0, 65535.0) if largest <= scale), largest)
     gray = Image.fromarray((values.clip(0, full) * (255 / full)).round().astype(np.uint8))
     if isinstance(transparent := image.info.get("transparency"), int):
@@ -907,7 +906,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
         image, factor = image.reduce(factor), 1
     if image.mode.startswith(("I", "F")):
-        image = gray_levels(image, image.mode.startswith("I;16"))
+        image = gray_levels(image)
     if image.mode in ("1", "P", "PA"):  # `reduce` cannot average these
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if factor > 1:
@@ -1389,7 +1388,7 @@ def start_worker(_worker: int) -> None:
 def epoch_generator(seed: int, epoch: int, stream: int = 0, device: Any = "cpu") -> torch.Generator:
     """A generator seeded by these arguments alone, so a resumed run draws the same numbers."""
     drawn = np.random.SeedSequence((seed, epoch, stream)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))
+    return torch.Generator(device).manual_seed(int(drawn) >> 1)
 
 
 class BatchSampler(Sampler):
@@ -1527,13 +1526,11 @@ class SavedModel(NamedTuple):
 def load_checked(path: Path) -> Record:
     """The dict in `path`; UserError if it is missing, damaged, foreign or tries to run code."""
     try:
-        content = Path(path).read_bytes()
+        payload = load_whole(io.BytesIO(Path(path).read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: no such model; create one with --mode train") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        payload = load_whole(io.BytesIO(content))
     except Exception as error:  # the unpickler raises anything on foreign bytes
         raise UserError(f"{path} is damaged or not a model file: {first_line(error)}") from None
     if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
@@ -1637,9 +1634,9 @@ class ResumeFile:
 
     def save(self, **content: Any) -> None:
         """A failure is only logged: the old file stays intact, and the next epoch retries."""
-        payload = {"format_version": FILE_FORMAT, "settings": self.settings}
+        payload = {"format_version": FILE_FORMAT, "settings": self.settings, "digest": self.digest}
         try:
-            save_atomically(payload | {"digest": self.digest} | content, self.path)
+            save_atomically(payload | content, self.path)
         except UserError as error:
             log(f"{error}; training goes on and the next epoch retries")
 
@@ -2205,8 +2202,7 @@ class Evaluation(NamedTuple):
 
     def headline(self, prefix: str) -> str:
         text = f"{self.accuracy:.2%} {prefix} accuracy"
-        tta = self.accuracy_tta
-        return text if tta is None else f"{text} ({tta:.2%} with TTA)"
+        return text if self.accuracy_tta is None else f"{text} ({self.accuracy_tta:.2%} with TTA)"
 
     def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
         """Accuracy of each class that has images here."""
@@ -2522,9 +2518,8 @@ class Training:
         total = train.epochs * math.ceil(batches / self.steps)
         self.state = TrainState(model, runtime.distribute(net), optimizer, total, runtime)
         peak_lr = optimizer.param_groups[0]["peak_lr"]
-        self.resolved = resolved_settings(runtime, options, self.report, data)
-        self.resolved |= {"run_effective_batch": batch, "run_peak_lr": peak_lr}
-        self.resolved |= {"run_flip": recipe.flip}
+        derived = {"run_effective_batch": batch, "run_peak_lr": peak_lr, "run_flip": recipe.flip}
+        self.resolved = resolved_settings(runtime, options, self.report, data) | derived
 
     def adopt_weights(self, model: CifarNet, path: Path) -> None:
         """Loads --init-from's weights; UserError if that model may have seen held-out images."""
@@ -3012,15 +3007,14 @@ class Benchmark:
         heading = ["Configuration", *titles, "Peak memory"]
         lines = [heading, ["---"] * len(heading), *self.lines]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        again = [row["ratio"] for row in self.rows if row["name"] == "baseline_again"]
-        drift = max((abs(ratio - 1) for ratio in again), default=0.0)
+        drift = [abs(row["ratio"] - 1) for row in self.rows if row["name"] == "baseline_again"]
         failed = ", ".join(check["name"] for check in self.checks if not check["passed"])
         return (
             f"{table}\n\n{datetime.date.today()}, `{command_line(self.config)}`: "
             f"{device_name(self.runtime.device)}, {torch.get_num_threads()} threads, "
             f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. "
             f"Values are medians; a higher speed ratio is faster. The baseline at the end "
-            f"differs from the first by up to {drift:.2%}. Self-checks: "
+            f"differs from the first by up to {max(drift, default=0.0):.2%}. Self-checks: "
             f"{f'FAILED: {failed}' if failed else 'all passed'}."
         )
 

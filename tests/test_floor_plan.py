@@ -9,11 +9,10 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3122
+MOST_LINES = 3119
 MOST_FLAGS = 40
-MOST_PACKED = 2  # statements with more than one comprehension or conditional expression
 SCREEN = 60  # lines of a function with its docstring
-LONGER = {"train_seed": 75}  # a story that is told at one go
+LONGER = {"train_seed": 65}  # a story that is told at one go
 HEAVY = {"mlflow", "torchvision", "matplotlib", "sklearn"}
 
 SOURCE = (ROOT / "classifier.py").read_text()
@@ -30,7 +29,7 @@ def test_number_of_flags():
     assert len(Config().fields()) <= MOST_FLAGS
 
 
-def test_few_packed_statements():
+def test_at_most_one_comprehension_and_conditional_expression_a_statement():
     comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     packed = [
         node.lineno
@@ -39,7 +38,7 @@ def test_few_packed_statements():
         for kinds in (comprehensions, ast.IfExp)
         if sum(isinstance(each, kinds) for each in ast.walk(node)) > 1
     ]
-    assert len(set(packed)) <= MOST_PACKED, f"lines {sorted(set(packed))}"
+    assert not packed
 
 
 def test_no_forward_reference():
