@@ -2382,9 +2382,9 @@ class Predictor:
         with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
             loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
             while chunk:
+                upcoming = list(itertools.islice(remaining, PREDICTION_BATCH))
                 started, batch = time.perf_counter(), list(loading)
-                chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
-                loading = pool.map(load, chunk)
+                chunk, loading = upcoming, pool.map(load, upcoming)
                 best = self.answer(batch, tta).topk(min(top_k, len(names)))
                 milliseconds = 1000 * (time.perf_counter() - started) / len(batch)
                 rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
