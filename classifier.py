@@ -2675,7 +2675,9 @@ def train_seeds(config: Config, data: ImageData, runtime: Runtime) -> list[Recor
 def run_train(config: Config, runtime: Runtime) -> int:
     """Train one seed or several; 1 if the model could not be saved where it should be."""
     log(command_line(config))
-    path = config.model_path
+    path, start = config.model_path, config.train.init_from
+    if config.train.repeats > 1 and start and Path(start).resolve() == path.resolve():
+        raise UserError(f"--init-from {start}: the first model would replace it; use --model-path")
     with reserve_model_path(path) if runtime.rank == 0 else contextlib.nullcontext():
         data = load_everywhere(config.data, runtime)
         if config.train.repeats == 1:

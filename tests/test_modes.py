@@ -190,6 +190,15 @@ def test_repeats(capsys):
     assert same(weights("digits_model.pth"), weights("alone.pth"))
 
 
+def test_repeats_do_not_replace_the_model_that_they_start_from(capsys):
+    """The second seed would start from the first one's result."""
+    assert run(capsys, *TRAIN)[0] == 0
+    flags = ["--repeats", 2, "--init-from", "./digits_model.pth"]
+    code, _, err = run(capsys, *TRAIN, *flags)
+    assert code == 1 and "would replace it; use --model-path" in last_line(err)
+    assert run(capsys, *TRAIN, *flags, "--model-path", "new.pth")[0] == 0
+
+
 @pytest.mark.parametrize("flags", [[], ["--repeats", 2]])
 def test_a_model_that_finds_no_place_goes_elsewhere(capsys, monkeypatch, tmp_path_factory, flags):
     """The exit code is 1, with --repeats as well."""
