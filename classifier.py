@@ -2826,6 +2826,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
     amp, usual = "mixed_precision" in chosen and config.run.amp, "data_loading" not in chosen
     # The same work for all: full size, no cutout, no bars, which the baseline loader lacks.
     work: Record = {"start_size": IMAGE_SIZE, "cutout": 0, "letterbox_share": 0.0}
+    work["init_from"] = None  # as fast from any weights
     config = config.change(mode="train", amp=amp, compile="compile" in chosen, **work)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
     with open_runtime(config.run) as runtime, tempfile.TemporaryDirectory() as folder:

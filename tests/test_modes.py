@@ -539,9 +539,12 @@ def test_peak_memory_is_this_process_own():
 @pytest.mark.slow
 def test_benchmark(cli, tmp_path):
     flags = "--dataset digits --width 4 --batch-size 16 --no-compile --num-workers 0 --json"
+    flags = [*flags.split(), "--holdout", 60]
+    more = ["--epochs", 1, "--model-path", "start.pth", "--no-mlflow"]
+    assert cli("--mode", "train", *flags, *more).returncode == 0
     (tmp_path / "temporary").mkdir()
-    place = {"TMPDIR": str(tmp_path / "temporary")}
-    done = cli("--mode", "benchmark", *flags.split(), timeout=1800, env=place)
+    place, flags = {"TMPDIR": str(tmp_path / "temporary")}, [*flags, "--init-from", "start.pth"]
+    done = cli("--mode", "benchmark", *flags, timeout=1800, env=place)
     assert done.returncode == 0, done.stderr
     assert not [*(tmp_path / "temporary").rglob("*.pth")]
     found = rows(done.stdout)
