@@ -2846,7 +2846,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
 
         def train() -> None:
             training.state.updates = 0  # each round is the first epoch: --epochs may be fewer
-            train_epoch(training.state, loader, len(sampler), 1, recipe, seed=0)
+            train_epoch(training.state, loader, len(sampler), training.steps, recipe, seed=0)
 
         def load() -> None:
             for batch in loader:

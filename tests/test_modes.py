@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -506,6 +507,20 @@ def test_a_configuration_that_dies_or_does_not_compile_is_left_out(capsys, monke
     names = list(dict.fromkeys(row["name"] for row in rows(out)))
     assert code == 0 and names == ["baseline", "data_loading", "combined", "baseline_again"]
     assert "| baseline again |" in err
+
+
+def test_a_round_of_the_benchmark_keeps_to_the_schedule(monkeypatch):
+    """Its last rate would be negative if it made more updates than an epoch has."""
+    real, done, sent = classifier.train_epoch, [], []
+
+    def spying(*arguments, **options):
+        done.append(real(*arguments, **options))
+
+    monkeypatch.setattr(classifier, "train_epoch", spying)
+    monkeypatch.setattr(classifier, "timed", lambda work, rounds, device: [work()])
+    config = classifier.parse_config([*BENCHMARK, "--epochs", "1", "--accumulate-grad-steps", "4"])
+    classifier.measure_case(config, ("data_loading",), SimpleNamespace(send=sent.append))
+    assert len(sent) == len(done) == 1 and done[0]["lr"] > 0
 
 
 def test_a_baseline_that_dies_ends_the_benchmark(capsys, monkeypatch):
