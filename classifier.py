@@ -81,7 +81,7 @@ FILE_FORMAT = 6  # increase it when older models or resume files no longer fit t
 CACHE_FORMAT = 1  # increase it when the letterbox changes
 TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
 Record = dict[str, Any]  # results or settings by their names
-# Of the pictures in a folder. HEIC cannot be read, but its message says what to do.
+# Of pictures in a folder. HEIC cannot be read, but its error message says what to do.
 PICTURE_NAME = re.compile(r"(?is)[^.].*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])")
 
 
@@ -277,10 +277,8 @@ class Config:
 
 def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
     """Raises ValueError with the allowed range if `value` is outside its limits."""
-    if isinstance(value, str):
-        if not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
-            raise ValueError("invalid value")
-        return
+    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+        raise ValueError("invalid value")
     tests = {"above": operator.gt, "least": operator.ge, "most": operator.le}
     bounds = {name: limits[name] for name in tests if name in limits}
     if not all(tests[name](value, bound) for name, bound in bounds.items()):  # NaN fails every test
@@ -402,7 +400,7 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
 class Stopped(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that handlers of errors let it through."""
 
-    pending: Stopped | None = None  # raised again at the next batch: destructors swallow it
+    pending: Stopped | None = None  # raised again at the next batch: a destructor may swallow it
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -568,7 +566,7 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         raise UserError("torchrun cannot use mps: add --device cpu")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Else Linux gets large tensors' memory back, and clears it before each use.
+        # Otherwise large tensors' memory returns to Linux, which clears it before each use.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep what is freed
@@ -668,7 +666,7 @@ def hold_lock(path: Path, timeout: float, message: str) -> Iterator[None]:
 
 def save_atomically(payload: Record, path: Path) -> None:
     """Writes a temporary file, then renames it to `path`: a crash leaves the old file intact."""
-    content = io.BytesIO()  # saving to a file, torch turns its errors and a stop into RuntimeErrors
+    content = io.BytesIO()  # torch.save to a file turns errors and a stop into RuntimeErrors
     torch.save(payload, content)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -771,12 +769,11 @@ class CifarNet(nn.Module):
         super().__init__()
         self.width = width
         self.stem = nn.Conv2d(3, 24, 2)
-        self.blocks = nn.Sequential(
-            ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 6 * width)
-        )
+        blocks = ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 6 * width)
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(6 * width, classes, bias=False)
-        zeros = torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2)
-        mean, std, whitening = statistics or zeros
+        placeholders = torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2)
+        mean, std, whitening = statistics or placeholders
         self.register_buffer("pixel_mean", mean.view(3, 1, 1))
         self.register_buffer("pixel_std", std.view(3, 1, 1))
         self.stem.weight = nn.Parameter(whitening, requires_grad=False)
@@ -960,8 +957,6 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             head = file.read(12)
             return read_file(file, head)
-    except UserError:
-        raise
     except Image.UnidentifiedImageError:
         if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
             raise UserError("a HEIC photo, which Pillow cannot read: export it as JPEG") from None
@@ -969,16 +964,16 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise UserError(kinds if head else "the file is empty") from None
     except FileNotFoundError:
         raise UserError("no such picture") from None
-    except Exception as error:  # decoders raise errors of every type on hostile bytes
+    except Exception as error:  # UserError, or what decoders raise on hostile bytes: any type
         raise UserError(getattr(error, "strerror", None) or first_line(error)) from None
 
 
-def letterbox(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
+def letterbox(image: Image.Image) -> Image.Image:
     """`image` (RGB) at its own aspect ratio, LANCZOS-resized to fit, centered on a gray square."""
-    sides = [max(1, round(side * size / max(image.size))) for side in image.size]
+    sides = [max(1, round(side * IMAGE_SIZE / max(image.size))) for side in image.size]
     fitted = image.resize(sides, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
-    square = Image.new("RGB", (size, size), (GRAY, GRAY, GRAY))
-    square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
+    square = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY))
+    square.paste(fitted, ((IMAGE_SIZE - fitted.width) // 2, (IMAGE_SIZE - fitted.height) // 2))
     return square
 
 
@@ -1448,9 +1443,8 @@ def shift_and_flip(
 
     Random flips would show the same side several times in a row (arXiv:2404.00498).
     """
-    most, device = recipe.shift, images.device
-    shape = (2, len(images))
-    down, right = torch.randint(-most, most + 1, shape, generator=generator, device=device)
+    most, shape = recipe.shift, (2, len(images))
+    down, right = torch.randint(-most, most + 1, shape, generator=generator, device=images.device)
     coin = (indices * 2654435761 >> 31) & 1  # Knuth's hash: a fixed coin for each image
     return move_pixels(images, down, right, ((coin + epoch) % 2).bool() & bool(recipe.flip))
 
@@ -1490,7 +1484,7 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
 def augment(
     batch: list[Tensor], epoch: int, size: int, recipe: RecipeSettings, generators: list
 ) -> Tensor:
-    """The augmented images (N, 3, 32, 32) of a training batch, resized to side `size`."""
+    """The images of a training batch, augmented and resized to (N, 3, size, size)."""
     (images, _, indices), (generator, host) = batch, generators  # on the device, on the CPU
     if recipe.cutout:
         images = cut_out(images, recipe.cutout, generator)
@@ -1608,7 +1602,7 @@ def reserve_model_path(path: Path) -> Iterator[None]:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
         with tempfile.NamedTemporaryFile(prefix=f"{path.name}.resume.", dir=path.parent):
-            pass  # the longest of the names to come
+            pass  # longer than any file name to come
     except OSError as error:
         raise UserError(f"--model-path {path} cannot be written: {error.strerror}") from None
     refusal = f"another training is writing {path}: wait for it or use another --model-path"
@@ -1623,7 +1617,7 @@ class ResumeFile:
         self.path, self.digest = config.resume_path, data.train.digest
         asked, init_from = config.flat(), config.train.init_from
         fixed = [each.name for each in config.fields() if each.metadata["fixed"]]
-        self.settings = {name: loggable(asked[name]) for name in fixed}
+        self.settings = {name: asked[name] for name in fixed}
         self.settings |= {  # compares what `auto` became, not the flag
             "init_from": init_from and os.path.abspath(init_from),
             "limit_images": config.data.limit_images or 0,
@@ -1633,7 +1627,7 @@ class ResumeFile:
         }
 
     def save(self, **content: Any) -> None:
-        """A failure is only logged: the old file stays intact, and the next epoch retries."""
+        """Replaces the file. If that fails, it stays intact, and the next epoch retries."""
         payload = {"format_version": FILE_FORMAT, "settings": self.settings, "digest": self.digest}
         try:
             save_atomically(payload | content, self.path)
@@ -1650,7 +1644,7 @@ class ResumeFile:
             saved = load_checked(self.path)
         except UserError as error:
             raise UserError(f"--resume: {error}; {otherwise}") from None
-        changed = [] if saved["digest"] == self.digest else ["different training images"]
+        changed = [] if saved.get("digest") == self.digest else ["different training images"]
         for name, value in self.settings.items():
             if (before := saved["settings"].get(name)) != value:
                 changed.append(f"--{name.replace('_', '-')} was {before}, is {value}")
@@ -1707,7 +1701,7 @@ def resolved_settings(
         "run_compile": report.active,
         "run_compile_reason": report.reason,
         "run_memory_format": str(runtime.memory_format).removeprefix("torch."),
-        "run_data_loading": "batches",  # this and the one before differ in the benchmark
+        "run_data_loading": "batches",  # the benchmark changes this and the one before
         "run_device": device_name(runtime.device),
         "run_threads": torch.get_num_threads(),
         "run_world_size": runtime.world_size,
@@ -1717,7 +1711,7 @@ def resolved_settings(
 
 
 class Tracker:
-    """Tracks nothing; used with --no-mlflow and in all processes but the main one."""
+    """Tracks nothing: with --no-mlflow, without MLflow, and in all processes but the main one."""
 
     run_id: str | None = None
     pending: list = []
@@ -1769,7 +1763,7 @@ class MlflowTracker(Tracker):
             self.warned = True
 
     def send_pending(self) -> None:
-        """Sends what is pending. A stop in the middle would double it or break a new database."""
+        """Sends what is pending. A stop meanwhile could double a record or break a new database."""
         deadline = time.monotonic() + TRACKING_PATIENCE
         if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
             with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
@@ -1867,14 +1861,9 @@ class MlflowTracker(Tracker):
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
         tags = {"task": self.config.run.mode, "torch": str(torch.__version__)}
         tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
-        splits = {"train": data.train, data.evaluation_name: data.evaluation}
-        digests = {name: split.digest for name, split in splits.items() if len(split)}
-        source = json.dumps({"url": data.source})
-        self.send(self.store_settings, params=params, tags=tags, source=source, digests=digests)
+        self.send(self.store_settings, params=params, tags=tags, data=data)
 
-    def store_settings(
-        self, when: int, params: dict[str, str], tags: Record, source: str, digests: Record
-    ) -> None:
+    def store_settings(self, when: int, params: Record, tags: Record, data: ImageData) -> None:
         """A resumed run keeps its parameters; values that differ now become tags."""
         known, entities, inputs = self.known_params, self.mlflow.entities, []
         new = [entities.Param(*each) for each in params.items() if each[0] not in known]
@@ -1882,10 +1871,12 @@ class MlflowTracker(Tracker):
         tags = tags | {f"resumed_{name}": value for name, value in changed.items()}
         run_tags = [entities.RunTag(*each) for each in tags.items()]
         self.client.log_batch(self.run_id, params=new, tags=run_tags)
-        for context, digest in digests.items():
-            dataset = entities.Dataset(self.config.data.name, digest, "http", source)
-            tag = entities.InputTag("mlflow.data.context", context)
-            inputs.append(entities.DatasetInput(dataset, [tag]))
+        source = json.dumps({"url": data.source})
+        for context, split in (("train", data.train), (data.evaluation_name, data.evaluation)):
+            if len(split):
+                dataset = entities.Dataset(self.config.data.name, split.digest, "http", source)
+                tag = entities.InputTag("mlflow.data.context", context)
+                inputs.append(entities.DatasetInput(dataset, [tag]))
         self.client.log_inputs(self.run_id, inputs)
 
     def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None:
@@ -1909,7 +1900,7 @@ class MlflowTracker(Tracker):
         self.send(self.store_outcome, text=note, files=files)
 
     def store_outcome(self, when: int, text: str, files: Files) -> None:
-        """Files that fail are skipped: their store may not be the run's."""
+        """Files that fail are skipped: they may be kept in another store than the run."""
         client, key, headline = self.client, "mlflow.note.content", text.split("\n")[0]
         if client.get_run(self.run_id).data.tags.get(key, "").startswith(headline):
             return  # stored before an interruption
@@ -1967,26 +1958,24 @@ def open_tracker(
 
     The run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
     """
-    if not config.tracking.mlflow or runtime.rank or type(parent) is Tracker:
-        yield Tracker()
-        return
-    # The user's own values win. Without the first two, each call to a dead server takes 245 s;
-    # stdout is reserved for results.
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "GIT_PYTHON_REFRESH": "quiet",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
-    os.environ.update(defaults | os.environ)
-    try:
-        tracker: Tracker = MlflowTracker(config, run_id, parent)
-    except Exception as error:  # importing it can fail in many ways
-        log(f"MLflow cannot be imported ({first_line(error)}): pip install mlflow, or --no-mlflow")
-        tracker = Tracker()
+    tracker = Tracker()
+    if config.tracking.mlflow and not runtime.rank and type(parent) is not Tracker:
+        # The user's own values win. Without the first two, each call to a dead server takes 245 s;
+        # stdout is reserved for results.
+        defaults = {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "GIT_PYTHON_REFRESH": "quiet",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
+        os.environ.update(defaults | os.environ)
+        try:
+            tracker = MlflowTracker(config, run_id, parent)
+        except Exception as error:  # importing it can fail in many ways
+            log(f"cannot import MLflow ({first_line(error)}): pip install mlflow, or --no-mlflow")
     status = "FAILED"
     try:
         yield tracker
@@ -2080,7 +2069,7 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, device=device)  # loss, correct answers, images
-        self.images, self.wait_seconds = 0, 0.0
+        self.wait_seconds = 0.0
 
     def timed(self, loader: Iterable) -> Iterator[Any]:
         """The loader's batches; adds up the time spent waiting for them."""
@@ -2093,11 +2082,10 @@ class Meter:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.sums[0] += loss.detach() * len(labels)
         self.sums[1] += (logits.argmax(1) == labels).sum()
-        self.images += len(labels)
+        self.sums[2] += len(labels)
 
     def result(self, runtime: Runtime) -> dict[str, float]:
         """Means over the images of all processes."""
-        self.sums[2] = self.images
         loss, correct, images = runtime.sum(self.sums).tolist()
         return {"train_loss": loss / images, "train_accuracy": correct / images, "images": images}
 
@@ -2240,8 +2228,7 @@ class Evaluation(NamedTuple):
             return figure
 
         per_class = self.per_class(class_names)
-        accuracies = [100 * accuracy for accuracy in per_class.values()]
-        table = {"class": list(per_class), "accuracy": accuracies}
+        table = {"class": list(per_class), "accuracy": [100 * each for each in per_class.values()]}
         return {"confusion_matrix.png": matrix, "per_class.json": lambda: table}
 
 
@@ -2269,7 +2256,7 @@ def evaluate(
     net.eval()
     share = data.evaluation.take(slice(runtime.rank, None, runtime.world_size))
     truth = share.labels
-    # `net` is not DDP: ranks with fewer batches would deadlock.
+    # `net` must not be DDP: ranks with fewer batches would deadlock.
     for batch in share.images.split(EVALUATION_BATCH):
         (images,) = runtime.move(batch)
         views = shifted_views(images, data.flip) if tta else images[None]
@@ -2705,9 +2692,8 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     images, name, tta = data.evaluation.images, data.evaluation_name, config.prediction.tta
     compile = bool(config.run.compile)  # `auto` is off: not worth it for a single pass
     net, report = accelerate(saved.model, runtime, compile, images[:EVALUATION_BATCH])
-    resolved = resolved_settings(runtime, {}, report, data)
     with open_tracker(config, runtime) as tracker:
-        tracker.log_settings(resolved, data)
+        tracker.log_settings(resolved_settings(runtime, {}, report, data), data)
         found = evaluate(net, data, runtime, tta, saved.temperature, fit=False)
         result, text = found.record(name), found.headline(name)
         tracker.log_metrics(result | {"evaluation_seconds": found.seconds})
@@ -2756,11 +2742,11 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         total = len(images)
     started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
     answers: Any = predictor.predict(images, *asked)
-    if not (config.run.json or sys.stdout.isatty()):  # else lines on the terminal show it
+    if not (config.run.json or sys.stdout.isatty()):  # else the answers on the terminal show it
         answers = progress(answers, "pictures", total)
     for count, answer in enumerate(answers, 1):
-        failures += bool(answer.error)
         if answer.error:
+            failures += 1
             log(f"{answer.image}: {answer.error}")
             emit({"image": answer.image, "error": answer.error}, "", config, runtime)
             continue
@@ -2824,9 +2810,8 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
     """Sends a configuration's timings, memory and settings to the parent process."""
     amp, usual = "mixed_precision" in chosen and config.run.amp, "data_loading" not in chosen
-    # The same work for all: full size, no cutout, no bars, which the baseline loader lacks.
-    work: Record = {"start_size": IMAGE_SIZE, "cutout": 0, "letterbox_share": 0.0}
-    work["init_from"] = None  # as fast from any weights
+    # The same work for all, from new weights; the baseline loader has neither cutout nor bars.
+    work = {"start_size": IMAGE_SIZE, "cutout": 0, "letterbox_share": 0.0, "init_from": None}
     config = config.change(mode="train", amp=amp, compile="compile" in chosen, **work)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
     with open_runtime(config.run) as runtime, tempfile.TemporaryDirectory() as folder:

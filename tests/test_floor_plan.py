@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3119
+MOST_LINES = 3104
 MOST_FLAGS = 40
 SCREEN = 60  # lines of a function with its docstring
 LONGER = {"train_seed": 65}  # a story that is told at one go
