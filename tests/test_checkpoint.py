@@ -184,10 +184,8 @@ IMPOSSIBLE = {
 def test_what_no_training_writes_is_one_clear_line(crafted, capsys, changes):
     """Nothing runs from a model file, whatever it says; and no mode ends in a traceback."""
     path = crafted(**changes)
-    with pytest.raises(UserError, match="crafted.pth is damaged"):
-        load_model(path)
     for mode in ("evaluate", "predict"):
-        assert "is damaged" in refusal(capsys, mode, path)
+        assert "crafted.pth is damaged" in refusal(capsys, mode, path)
 
 
 def test_answers_that_are_not_finite_are_one_line(crafted, tmp_path, capsys):
@@ -198,7 +196,6 @@ def test_answers_that_are_not_finite_are_one_line(crafted, tmp_path, capsys):
         "blocks.2.conv1.weight": torch.full((6, 4, 3, 3), 3e38),
     }
     path = crafted(weights=huge)
-    load_model(path)
     noise(40, 40).save(tmp_path / "x.png")
     for words in ([], ["--json"]):
         flags = ["--mode", "predict", "--model-path", path, "--image", tmp_path / "x.png", *words]

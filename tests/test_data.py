@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tarfile
 import threading
@@ -321,35 +320,27 @@ def test_tarball_already_there_needs_no_network(tarball):
 
 
 def test_mirrors_are_tried_in_order(server, tmp_path, capsys):
-    """What is missing, another file, an HTML page, half a file: none of it is kept."""
+    """No server, what is missing, another file, an HTML page, half a file: none of it is kept."""
     names = ("missing", "bad.tar.gz", "page.html", "cut", "good.tar.gz", "never-asked")
-    assert images_from(server, tmp_path / "new", *names) == 50
+    urls = ("http://127.0.0.1:9/nobody-listens", *(f"{server.url}/{name}" for name in names))
+    assert len(load_data(cifar(tmp_path / "new", *urls)).train) == 50
     told = capsys.readouterr().err
-    assert told.count("failed:") == 4 and "404" in told
+    assert told.count("failed:") == 5 and "refused" in told and "404" in told
     assert server.asked == [f"/{name}" for name in names[:-1]]
     assert sorted(os.listdir(tmp_path / "new")) == ["cifar-10-batches-py"]
     assert len(load_data(cifar(tmp_path / "new")).train) == 50  # now without a server
 
 
 def test_what_fails_the_md5_is_neither_unpacked_nor_kept(server, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-        with pytest.raises(UserError, match="md5 differs"):
-            images_from(server, tmp_path / "new", "good.tar.gz")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(UserError, match="md5 differs"):
+        images_from(server, tmp_path / "new", "good.tar.gz")
     assert os.listdir(tmp_path / "new") == []
 
 
 def test_a_redirect_is_followed(server, tmp_path):
     assert images_from(server, tmp_path / "new", "redirect") == 50
     assert server.asked == ["/redirect", "/good.tar.gz"]
-
-
-def test_a_server_that_refuses_the_connection(server, tmp_path, capsys):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # nobody listens
-        refusing = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
-        load_data(cifar(tmp_path / "new", refusing, f"{server.url}/good.tar.gz"))
-    assert "refused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["silent", "stall"])
@@ -485,7 +476,7 @@ def test_read_only_folder(server, tmp_path, monkeypatch):
         "nonsense://me:hunter2@127.0.0.1/a",
     ],
 )
-def test_passwords_of_mirrors_are_not_told(tiny_cifar, capsys, url):
+def test_passwords_of_mirrors_are_not_told(capsys, url):
     code, out, err = run(capsys, "--data-dir", "new", "--data-url", url, "--no-mlflow")
     assert code == 1 and "127.0.0.1" in err and "hunter2" not in err + out
 

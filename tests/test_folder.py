@@ -63,6 +63,10 @@ def load(root, training=True, **more):
     return load_data(DataSettings(dataset=str(root), **more), training)
 
 
+def digests(data):
+    return data.train.digest, data.evaluation.digest
+
+
 def counts(split):
     return split.labels.bincount().tolist()
 
@@ -103,8 +107,7 @@ def test_hidden_pictures_are_not_used(pets):
         place.mkdir(exist_ok=True)
         picture("white").save(place / (".0.png" if place.name == "more" else "0.png"))
     after = load(pets)
-    assert (after.class_names, after.train.digest) == (before.class_names, before.train.digest)
-    assert after.evaluation.digest == before.evaluation.digest
+    assert after.class_names == before.class_names and digests(after) == digests(before)
 
 
 def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
@@ -123,8 +126,7 @@ def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
     before = load(tmp_path / "set")
     monkeypatch.setattr(os, "walk", backwards)
     after = load(tmp_path / "set", data_dir="elsewhere")
-    assert after.train.digest == before.train.digest
-    assert after.evaluation.digest == before.evaluation.digest
+    assert digests(after) == digests(before)
     found = [os.path.basename(path) for path in pictures_below(tmp_path / "set" / "test" / "a")]
     assert found == [f"{name}.png" for name in names]
 
@@ -247,16 +249,10 @@ def test_a_class_may_be_called_train(pets, below):
 # --------------------------------------------------------------------------------------------------
 # The cache
 # --------------------------------------------------------------------------------------------------
-def same_data(one, other):
-    return one.train.digest == other.train.digest and one.evaluation.digest == (
-        other.evaluation.digest
-    )
-
-
 def test_a_second_load_reads_no_picture(pets, reads):
     first = load(pets)
     assert len(reads) == 30 and len(set(reads)) == 30
-    assert same_data(load(pets), first) and len(reads) == 30
+    assert digests(load(pets)) == digests(first) and len(reads) == 30
     assert len(list((pets.parent / "data").glob("*.cache"))) == 2
 
 
@@ -278,7 +274,7 @@ def test_a_changed_folder_is_read_again(pets, reads, change):
         path.rename(pets / "cat 9" / "was ünï.png")
     reads.clear()
     after = load(pets)
-    assert reads and same_data(after, load(pets, data_dir="elsewhere"))
+    assert reads and digests(after) == digests(load(pets, data_dir="elsewhere"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flip", "list", "tensor", "foreign", "code"])
@@ -302,9 +298,9 @@ def test_a_damaged_or_foreign_cache_is_made_again(pets, reads, damage):
             torch.save({"format_version": 4, "weights": {}}, cache)
         else:
             torch.save({"key": Evil()}, cache)
-    assert same_data(load(pets), before) and len(reads) == 60
+    assert digests(load(pets)) == digests(before) and len(reads) == 60
     assert not os.path.exists("ran")
-    assert same_data(load(pets), before) and len(reads) == 60
+    assert digests(load(pets)) == digests(before) and len(reads) == 60
 
 
 def test_folders_of_the_same_name_have_their_own_caches(pets, reads, tmp_path):
@@ -312,8 +308,9 @@ def test_folders_of_the_same_name_have_their_own_caches(pets, reads, tmp_path):
     shutil.copytree(pets, other)
     picture("white").save(other / "ünï" / "0.png")
     first, second = load(pets), load(other)
-    assert len(reads) == 60 and not same_data(first, second)
-    assert same_data(load(pets), first) and same_data(load(other), second) and len(reads) == 60
+    assert len(reads) == 60 and digests(first) != digests(second)
+    again = digests(load(pets)), digests(load(other))
+    assert again == (digests(first), digests(second)) and len(reads) == 60
 
 
 def test_what_could_not_be_read_is_tried_again(pets, monkeypatch):
@@ -359,23 +356,21 @@ def test_without_a_place_for_the_cache_the_pictures_are_read(
     else:
         monkeypatch.setattr(classifier, "save_atomically", full)
     first = load(pets)
-    assert same_data(load(pets), first) and len(reads) == 60
+    assert digests(load(pets)) == digests(first) and len(reads) == 60
     assert ("No space left" in capsys.readouterr().err) == (obstacle == "full disk")
     assert os.path.isfile("data") or os.listdir("data") == []
 
 
-def load_both(root, barrier, found):
-    barrier.wait()
-    paths, real = [], classifier.read_image
-    classifier.read_image = lambda path: paths.append(path) or real(path)
-    load(root)
-    found.put(len(paths))
-
-
-def test_two_processes_at_once_read_each_picture_once(pets):
+def test_two_processes_at_once_read_each_picture_once(pets, reads):
     fork = multiprocessing.get_context("fork")
     found, barrier = fork.Queue(), fork.Barrier(2)
-    processes = [fork.Process(target=load_both, args=(pets, barrier, found)) for _ in range(2)]
+
+    def load_both():
+        barrier.wait()
+        load(pets)
+        found.put(len(reads))
+
+    processes = [fork.Process(target=load_both) for _ in range(2)]
     for process in processes:
         process.start()
     assert sum(found.get(timeout=60) for _ in processes) == 30

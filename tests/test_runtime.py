@@ -210,17 +210,13 @@ def test_a_disk_without_locks_is_used_without_them(tmp_path, monkeypatch, capsys
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    done = []
     with hold_lock(tmp_path / ".lock", timeout, "taken"):
-        done.append("block")
-    assert done == ["block"]
-    assert f"cannot be locked ([Errno {number}]" in capsys.readouterr().err
+        assert f"cannot be locked ([Errno {number}]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError("none")])
-def test_any_error_of_the_lock_is_a_line(tmp_path, monkeypatch, capsys, error):
+def test_a_system_without_locks_is_a_line(tmp_path, monkeypatch, capsys):
     def acquire(*_):
-        raise error
+        raise NotImplementedError("none")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     with hold_lock(tmp_path / ".lock", 0, "taken"):

@@ -120,6 +120,7 @@ def test_a_runs_name_says_what_differs(words, name):
         "--batch-size auto",  # has a default that is no auto
         "--mode predict",  # without --image
         "--image x.png",  # without --mode predict, it would train
+        "--resume --repeats 2",
     ],
 )
 def test_impossible_words_are_refused_with_the_flags_name(words, capsys):
@@ -144,10 +145,6 @@ def test_limits_hold_at_both_ends(capsys):
             assert f"argument {flag}: must be " in refusal([f"{flag}={value}"], capsys)
         checked += len(outside)
     assert checked > 20
-
-
-def test_resume_is_for_one_run(capsys):
-    assert "--repeats" in refusal(["--resume", "--repeats", "2"], capsys)
 
 
 def test_auto_means_unset():

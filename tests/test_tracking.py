@@ -591,6 +591,16 @@ def test_a_run_that_sigkill_left_running_is_put_right(cpu, digits, store, monkey
     assert [each.value for each in history] == [1, 1, 1, 2]
 
 
+def test_a_resumed_run_logs_its_final_metrics_once(cpu, store):
+    run_id = None
+    for seconds in (1.0, 2.0):
+        with open_tracker(settings(), cpu, run_id=run_id) as tracker:
+            tracker.log_metrics({"train_seconds": seconds})
+        run_id = tracker.run_id
+    history = runs_of(store)[0].get_metric_history(run_id, "time/train_s")
+    assert [each.value for each in history] == [1.0]
+
+
 def request(port, payload):
     """Status and answer of a scoring server."""
     call = urllib.request.Request(
