@@ -243,9 +243,9 @@ class Config:
 
     def change(self, **changes: Any) -> Config:
         """The same with other values for some settings."""
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        parts = dict(vars(self))
         for name, part in parts.items():
-            names = {each.name for each in fields(part)} & changes.keys()
+            names = vars(part).keys() & changes.keys()
             parts[name] = replace(part, **{each: changes[each] for each in names})
         return Config(**parts)
 
@@ -342,7 +342,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         parser.error("argument --image: pictures are for --mode predict, which needs at least one")
     if given.get("resume") and given.get("repeats", 1) > 1:
         parser.error("argument --resume: not allowed with --repeats")
-    given |= {name: tuple(given[name]) for name in ("image", "data_url") if name in given}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     return Config().change(**given)
 
 
@@ -1289,7 +1289,7 @@ class PictureFolder:
                 sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
         place = open_data_dir(cache.parent) if self.keep else contextlib.nullcontext(False)
         with place as writable:
-            images = NO_IMAGES.images.new_zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE)
+            images = torch.zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
             before: dict[int, Any] = dict.fromkeys(range(len(paths)))
             with contextlib.suppress(Exception):  # a missing or damaged cache is rebuilt
                 saved = load_whole(cache)
@@ -2403,7 +2403,7 @@ def cached_model(
             target = pick_device(device)
             runtime = Runtime(target, *pick_amp_dtype(target, amp))
             saved = load_model(path)
-            example = NO_IMAGES.images.new_zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+            example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
             net, _ = accelerate(saved.model, runtime, compile, example)
             _predictors.clear()
             _predictors[key] = Predictor(net, saved, runtime)

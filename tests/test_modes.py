@@ -288,6 +288,8 @@ def test_resume_with_nothing_or_a_damaged_file(capsys):
     assert code == 1 and Path("digits_model.pth").read_bytes() == before
     assert "digits_model.pth.resume is damaged" in last_line(err)
     assert "train without --resume" in last_line(err)
+    Path("digits_model.pth.resume").write_bytes(before)  # a model is no resume file
+    assert "from another run (different" in last_line(run(capsys, *TRAIN, "--resume")[2])
 
 
 def test_a_model_that_could_not_be_saved_is_saved_by_resume(capsys, monkeypatch, tmp_path):
