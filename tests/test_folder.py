@@ -10,20 +10,20 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Evil, encoded, noise, rows, run, runs_of, weights
 from PIL import Image
 
 import classifier
 from classifier import (
-    DataSettings,
-    PictureFolder,
+    Config,
     UserError,
     load_data,
-    photo_views,
+    photo_letterbox,
     pictures_below,
     read_image,
+    split_class,
     to_pixels,
 )
-from conftest import Evil, encoded, noise, rows, run, runs_of, weights
 
 QUICK = ["--width", "8", "--epochs", "2", "--num-workers", "0", "--device", "cpu", "--no-mlflow"]
 PETS = ("cat 9", "cat 10", "ünï")
@@ -60,7 +60,7 @@ def reads(monkeypatch):
 
 
 def load(root, training=True, **more):
-    return load_data(DataSettings(dataset=str(root), **more), training)
+    return load_data(Config(dataset=str(root), **more), training)
 
 
 def digests(data):
@@ -73,7 +73,7 @@ def counts(split):
 
 def pixels(path):
     """What the network sees of a picture."""
-    return to_pixels(photo_views(read_image(path), False, True)[0]).numpy().tobytes()
+    return to_pixels(photo_letterbox(read_image(path))).numpy().tobytes()
 
 
 def pixels_of(*splits):
@@ -188,18 +188,18 @@ def names_of(count):
 
 
 def test_about_a_tenth_is_the_test():
-    train, test = PictureFolder.split_class(names_of(2000), "/pets")
+    train, test = split_class(names_of(2000), "/pets")
     assert 150 < len(test) < 250 and sorted(train + test) == sorted(names_of(2000))
-    assert [len(part) for part in PictureFolder.split_class(names_of(2), "/pets")] == [1, 1]
-    assert [len(part) for part in PictureFolder.split_class(names_of(1), "/pets")] == [1, 0]
+    assert [len(part) for part in split_class(names_of(2), "/pets")] == [1, 1]
+    assert [len(part) for part in split_class(names_of(1), "/pets")] == [1, 0]
 
 
 def test_a_folder_that_grows_moves_no_picture_from_training_to_test():
     paths = names_of(300)
     random.Random(0).shuffle(paths)
     for before, after in ((10, 11), (50, 60), (100, 150), (150, 300)):
-        trained, _ = PictureFolder.split_class(paths[:before], "/pets")
-        _, tested = PictureFolder.split_class(paths[:after], "/pets")
+        trained, _ = split_class(paths[:before], "/pets")
+        _, tested = split_class(paths[:after], "/pets")
         assert not set(trained) & set(tested)
 
 
@@ -207,7 +207,7 @@ def test_the_split_depends_on_names_alone(pets):
     """Not on the order on the disk or where the folder lies."""
     paths = names_of(100)
     shuffled = random.Random(0).sample(paths, 100)
-    assert PictureFolder.split_class(paths, "/pets") == PictureFolder.split_class(shuffled, "/pets")
+    assert split_class(paths, "/pets") == split_class(shuffled, "/pets")
     before = load(pets)
     (pets.parent / "elsewhere").mkdir()
     moved = pets.rename(pets.parent / "elsewhere" / "pets")
@@ -470,7 +470,7 @@ def test_flips_can_be_switched_off(pets, capsys, flags, flip):
 def weights_at_start(pets, cpu, *flags):
     """The network before its first update."""
     config = classifier.parse_config([*QUICK, "--dataset", str(pets), *map(str, flags)])
-    return classifier.Training(config, load(pets), cpu).state.model.state_dict()
+    return classifier.Training(config, load(pets), cpu).model.state_dict()
 
 
 def test_init_from_keeps_the_last_layer_of_the_same_classes(pets, trained, cpu, tmp_path):
@@ -509,7 +509,7 @@ def test_init_from_with_classes_that_look_alike(pets, trained, cpu):
     config = classifier.parse_config([*QUICK, "--dataset", str(pets), "--init-from", str(trained)])
     data = load(pets)
     data.train.images[:] = 100
-    model = classifier.Training(config, data, cpu).state.model
+    model = classifier.Training(config, data, cpu).model
     assert model.head.weight.isfinite().all()
 
 

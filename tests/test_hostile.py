@@ -11,13 +11,13 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import ROOT, encoded, noise, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import classifier
 from classifier import MAX_PIXELS, MAX_SCANS, UserError, jpeg_scans, read_image
-from conftest import ROOT, encoded, noise, rows
 
 MODES = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I"]
 READ = ["AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"]
@@ -64,7 +64,8 @@ def answered(monkeypatch):
         try:
             image = read_image(data)
             assert image.mode == "RGB"
-            classifier.photo_views(image, True, True)
+            classifier.photo_letterbox(image)
+            classifier.center_squares(image, True)
             return True
         except UserError as error:
             assert str(error).strip() and len(str(error).splitlines()) == 1

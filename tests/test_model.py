@@ -12,10 +12,10 @@ from PIL import Image
 
 from classifier import (
     CifarNet,
+    Config,
     ConvBlock,
-    DataSettings,
-    RecipeSettings,
     add_bars,
+    alternate_flip,
     augment,
     cut_out,
     epoch_generator,
@@ -28,7 +28,7 @@ from classifier import (
 )
 
 # Augmentation that changes nothing.
-PLAIN = RecipeSettings(shift=0, flip=False, cutout=0, letterbox_share=0.0)
+PLAIN = Config(shift=0, flip=False, cutout=0, letterbox_share=0.0)
 
 
 def random_images(count, channels=3):
@@ -90,7 +90,7 @@ def test_images_of_one_colour_do_not_break_the_whitening():
 
 
 def test_real_statistics_are_cifar10s(real_cifar):
-    found = pixel_statistics(load_data(DataSettings(data_dir=str(real_cifar))).train.images)
+    found = pixel_statistics(load_data(Config(data_dir=str(real_cifar))).train.images)
     for part, known in (
         (found[0], (0.4914, 0.4822, 0.4465)),
         (found[1], (0.247, 0.2435, 0.2616)),
@@ -153,9 +153,10 @@ def test_moved_pixels_equal_reflected_padding(down, right, flip):
 
 
 def augmented(images, epoch, seed=0, size=32, **changes):
-    batch = [images, torch.zeros(len(images)), torch.arange(len(images))]
+    config = replace(PLAIN, **changes)
+    flips = alternate_flip(torch.arange(len(images)), epoch) & config.flip
     generators = epoch_generator(seed, epoch), epoch_generator(seed, epoch, 1)
-    return augment(batch, epoch, size, replace(PLAIN, **changes), generators)
+    return augment(images, flips, size, generators, config)
 
 
 def test_augment_changes_nothing_where_all_is_off(images):

@@ -116,7 +116,6 @@ def test_evaluate_holdout_measures_what_was_held_out_only(capsys):
     epoch, result = rows(run(capsys, *TRAIN, "--holdout", 60, "--json")[1])
     assert "holdout_accuracy" in epoch and "holdout_accuracy_tta" in result
     assert not [name for name in {**epoch, **result} if name.startswith("test_")]
-    assert result["temperature"] != 1  # fitted
     code, out, _ = run(capsys, *EVALUATE, "digits_model.pth", "--holdout", 60)
     assert code == 0 and "holdout accuracy" in out and "60 images" in out
     for flags in (["--holdout", 60, "--limit-images", 700], ["--holdout", 50]):
@@ -333,7 +332,7 @@ def test_a_loss_that_explodes_in_the_last_update_is_one_line(capsys):
 
 
 def test_two_trainings_on_one_model_path(capsys, monkeypatch):
-    real, results = classifier.train_epoch, []
+    real, results = classifier.Training.train_epoch, []
 
     def meanwhile(*args):
         if not results:
@@ -343,7 +342,7 @@ def test_two_trainings_on_one_model_path(capsys, monkeypatch):
             thread.join()
         return real(*args)
 
-    monkeypatch.setattr(classifier, "train_epoch", meanwhile)
+    monkeypatch.setattr(classifier.Training, "train_epoch", meanwhile)
     code, _, err = run(capsys, *TRAIN)
     assert (code, results[1]) == (0, 1) and "another training is writing digits_model.pth" in err
 
@@ -381,7 +380,7 @@ def test_what_the_user_can_solve_is_one_line(capsys, monkeypatch, error, words):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(classifier, "train_epoch", fail)
+    monkeypatch.setattr(classifier.Training, "train_epoch", fail)
     code, _, err = run(capsys, *TRAIN)
     assert code == 1 and last_line(err).startswith("classifier.py: ") and words in last_line(err)
 
@@ -390,7 +389,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(classifier, "train_epoch", broken)
+    monkeypatch.setattr(classifier.Training, "train_epoch", broken)
     with pytest.raises(KeyError):
         classifier.main(TRAIN)
 
@@ -494,7 +493,7 @@ def test_benchmark_table(measured_benchmark):
         "| 2.00x (1000.0 ms) | 2.00x (64/s) | 0.50x (100 MB) |"
     )
     assert "differs from the first by up to 10.00%" in last
-    assert "FAILED: predict." in last and "--mode benchmark --json --width 16`" in last
+    assert "FAILED: predict." in last and f"`{classifier.command_line()}`" in last
     measured_benchmark.checks.pop()
     assert measured_benchmark.table().endswith("Self-checks: all passed.")
 
@@ -521,12 +520,12 @@ def test_a_configuration_that_dies_or_does_not_compile_is_left_out(capsys, monke
 
 def test_a_round_of_the_benchmark_keeps_to_the_schedule(monkeypatch):
     """Its last rate would be negative if it made more updates than an epoch has."""
-    real, done, sent = classifier.train_epoch, [], []
+    real, done, sent = classifier.Training.train_epoch, [], []
 
     def spying(*arguments, **options):
         done.append(real(*arguments, **options))
 
-    monkeypatch.setattr(classifier, "train_epoch", spying)
+    monkeypatch.setattr(classifier.Training, "train_epoch", spying)
     monkeypatch.setattr(classifier, "timed", lambda work, rounds, device: [work()])
     config = classifier.parse_config([*BENCHMARK, "--epochs", "1", "--accumulate-grad-steps", "4"])
     classifier.measure_case(config, ("data_loading",), SimpleNamespace(send=sent.append))

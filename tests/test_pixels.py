@@ -8,12 +8,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import bomb, encoded, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from classifier import UserError, letterbox, read_image, to_pixels
-from conftest import bomb, encoded, noise
 
 GRAY = (128, 128, 128)
 

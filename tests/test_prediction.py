@@ -8,26 +8,27 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import bomb, encoded, noise, rows, run
 from PIL import Image
 
 import classifier
 from classifier import (
     UserError,
     cached_model,
+    center_squares,
     evaluate,
     letterbox,
     load_data,
-    photo_views,
+    photo_letterbox,
     predict,
     to_pixels,
 )
-from conftest import bomb, encoded, noise, rows, run
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def loads(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_data(classifier.DataSettings(dataset="digits"))
+    return load_data(classifier.Config(dataset="digits"))
 
 
 @pytest.fixture
@@ -133,9 +134,7 @@ def test_data_set_images_are_answered_as_evaluate_answers_them(trained, digits, 
     right = [a.label == str(int(label)) for a, label in zip(answers, split.labels, strict=True)]
     predictor = cached_model(trained, "cpu")
     data = replace(digits, evaluation=split, flip=predictor.saved.flip)
-    found = evaluate(
-        predictor.net, data, predictor.runtime, tta, predictor.saved.temperature, False
-    )
+    found = evaluate(predictor.net, data, predictor.runtime, tta, predictor.saved.temperature)
     accuracy = found.accuracy_tta if tta else found.accuracy
     assert sum(right) / 40 == pytest.approx(accuracy) and accuracy > 0.2
 
@@ -161,14 +160,15 @@ def test_photos_are_answered_by_the_mean_over_letterbox_and_center_squares(saved
     ]
     views = [softened(view) for view in views]
     views[1] = views[1].flip(2)
-    (answer,) = predictor.predict([photo], top_k=10)
-    for found, view in zip(answer.views, views, strict=True):
+    ((_, seen),) = predictor.predict([photo], top_k=10)
+    seen = [seen.letterbox, *seen.squares]
+    for found, view in zip(seen, views, strict=True):
         assert (found.int() - view.int()).abs().max() <= 1  # rounding of halves
-    each = torch.cat([predictor.probabilities([view[None]], tta=False) for view in answer.views])
+    each = torch.cat([predictor.probabilities(view[None, None]) for view in seen])
     assert not torch.allclose(each[0], each[1], atol=1e-3)
     mean = each.log().mean(0).softmax(0)  # that of logits, but for a constant
     for tta, expected in ((True, mean), (False, each[0])):
-        (answer,) = predictor.predict([photo], top_k=10, tta=tta)
+        ((answer, _),) = predictor.predict([photo], top_k=10, tta=tta)
         by_name = dict(answer.top)
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], expected, atol=1e-2)
 
@@ -177,19 +177,19 @@ def test_pictures_with_and_without_squares_in_one_batch(saved):
     pictures = [noise(90, 70), noise(40, 35), b"no picture", noise(120, 60), noise(32, 32)]
     predictor = cached_model(saved(flip=True))
     together = list(predictor.predict(pictures, top_k=10))
-    assert [len(each.views) for each in together] == [3, 1, 0, 3, 1]
-    for picture, answer in zip(pictures, together, strict=True):
-        (alone,) = predictor.predict([picture], top_k=10)
+    assert [len(seen.squares) for _, seen in together] == [2, 0, 0, 2, 0]
+    for picture, (answer, _) in zip(pictures, together, strict=True):
+        ((alone, _),) = predictor.predict([picture], top_k=10)
         assert dict(alone.top) == pytest.approx(dict(answer.top), abs=1e-2)
 
 
 @pytest.mark.parametrize(
-    "size, expected", [((32, 32), 1), ((500, 32), 1), ((500, 47), 1), ((48, 50), 3)]
+    "size, expected", [((32, 32), 0), ((500, 32), 0), ((500, 47), 0), ((48, 50), 2)]
 )
 def test_no_square_is_enlarged(size, expected):
-    found = photo_views(Image.new("RGB", size), True, True)
-    assert [each.size for each in found] == [(32, 32), (40, 40), (40, 40)][:expected]
-    assert len(photo_views(Image.new("RGB", size), False, True)) == 1
+    found = center_squares(Image.new("RGB", size), True)
+    assert [each.size for each in found] == expected * [(40, 40)]
+    assert photo_letterbox(Image.new("RGB", size)).size == (32, 32)
 
 
 def test_digits_are_not_flipped():
@@ -197,7 +197,7 @@ def test_digits_are_not_flipped():
     expected = photo.resize((40, 40), Image.Resampling.LANCZOS, reducing_gap=2.0)
     expected = expected.filter(classifier.SOFTEN)
     for flip in (False, True):
-        square = photo_views(photo, True, flip)[1]
+        square = center_squares(photo, flip)[0]
         assert (square.tobytes() == expected.tobytes()) is not flip
 
 
@@ -205,9 +205,8 @@ def test_a_picture_of_the_networks_size_reaches_it_bit_for_bit(trained, tmp_path
     picture = noise(32, 32)
     picture.save(tmp_path / "a.png")
     sources = [tmp_path / "a.png", encoded(picture), picture]
-    for answer in cached_model(trained).predict(sources):
-        (view,) = answer.views
-        assert torch.equal(view, to_pixels(picture))
+    for _, seen in cached_model(trained).predict(sources):
+        assert torch.equal(seen.letterbox, to_pixels(picture)) and not seen.squares
 
 
 def test_answers_are_sorted_and_named(trained, unsure):
@@ -257,7 +256,9 @@ def test_sources_of_all_kinds_and_a_bad_one_between(trained, tmp_path):
 def test_answers_keep_no_pixels(trained):
     """The 18 kB an answer that they were would be 1.8 GB for 100,000 pictures."""
     answers = predict([noise(100, 100), noise(32, 32)], model_path=trained)
-    assert [answer.views for answer in answers] == [(), ()]
+    assert not [
+        value for each in answers for value in vars(each).values() if torch.is_tensor(value)
+    ]
 
 
 def test_many_cpus_start_few_decoders(trained, tmp_path, monkeypatch):
@@ -275,7 +276,7 @@ def test_many_cpus_start_few_decoders(trained, tmp_path, monkeypatch):
         monkeypatch.setattr(classifier, "usable_cpus", lambda cpus=cpus: cpus)
         predict([tmp_path / "a.png"], model_path=trained)
         black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-        assert not classifier.PictureFolder.letterbox_all([str(tmp_path / "a.png")], [0], black)
+        assert not classifier.letterbox_all([str(tmp_path / "a.png")], [0], black)
     assert asked == [classifier.DECODERS, classifier.DECODERS, 2, 2]
 
 
@@ -342,7 +343,7 @@ def test_milliseconds_leave_out_what_the_caller_does(trained, album, monkeypatch
             yield album / "a.png"
 
     monkeypatch.setattr(classifier, "PREDICTION_BATCH", 1)
-    for answer in predictor.predict(slow()):
+    for answer, _ in predictor.predict(slow()):
         now += 1.0
         assert answer.milliseconds == 0
 
@@ -389,8 +390,8 @@ def test_what_the_network_saw_is_written(trained, album, tmp_path, capsys):
     # 30 pixels high: too few for squares
     assert code == 0 and names == {"00001-a-letterbox.png", "00002-ünï,code-letterbox.png"}
     found = to_pixels(Image.open(folder / "00001-a-letterbox.png"))
-    (answer,) = cached_model(trained).predict(pictures[:1])
-    assert torch.equal(found, answer.views[0])
+    ((_, seen),) = cached_model(trained).predict(pictures[:1])
+    assert torch.equal(found, seen.letterbox)
     long = album / f"{60 * 'ü'}{100 * 'a'}.png"  # a stem of 220 bytes
     noise(60, 60).save(long)
     code, _, _ = predicted(capsys, trained, "--image", long, "--save-inputs", tmp_path / "long")

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import asdict, fields
 
 import pytest
 from conftest import ROOT
@@ -17,7 +18,7 @@ COMMANDS = sorted(
         for match in re.findall(r"(?:python|torchrun [^\n`]*?) ?classifier\.py ([^`#|\n]*)", text)
     }
 )
-FLAGS = {"--" + name.replace("_", "-") for name in Config().flat()}
+FLAGS = {"--" + name.replace("_", "-") for name in asdict(Config())}
 FOREIGN = {
     "--backend-store-uri",
     "--env-manager",
@@ -50,7 +51,7 @@ def test_the_table_of_flags_is_complete_and_has_the_defaults():
     for flags, defaults in re.findall(r"^\| (`--.+) \| (.+) \|$", TEXTS["README.md"], re.MULTILINE):
         told |= zip(re.findall(r"--[\w-]+", flags), defaults.split(", "), strict=True)
     assert told.keys() == FLAGS
-    for each in Config().fields():
+    for each in fields(Config):
         flag = "--" + each.name.replace("_", "-")
         if isinstance(each.default, bool):
             assert told[flag] == ("off", "on")[each.default]

@@ -17,7 +17,7 @@ from conftest import TINY, rows, same, weights
 import classifier
 from classifier import (
     CifarNet,
-    RunSettings,
+    Config,
     Stopped,
     UserError,
     accelerate,
@@ -52,7 +52,7 @@ def test_auto_device(two_gpus):
 def test_cudnn_tunes_for_training_only(two_gpus, monkeypatch, mode, tunes):
     """It tries algorithms for each new shape, of which evaluation and prediction have many."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tunes)
-    with open_runtime(RunSettings(mode=mode, device="cuda")) as runtime:
+    with open_runtime(Config(mode=mode, device="cuda")) as runtime:
         assert torch.backends.cudnn.benchmark is tunes
         assert (runtime.device, runtime.amp_dtype) == (CUDA, torch.float16)
 
@@ -62,7 +62,7 @@ def test_freed_memory_is_not_cleared_again():
     """Every page that Linux clears is a fault. glibc keeps a few blocks before it reuses them."""
     resource = pytest.importorskip("resource")
     faults = []
-    with open_runtime(RunSettings(device="cpu")):
+    with open_runtime(Config(device="cpu")):
         for _ in range(20):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(10 * 2**20)  # 40 MiB: 10,240 pages
@@ -83,7 +83,7 @@ def test_no_process_waits_for_one_that_failed(two_gpus, monkeypatch, fails):
     monkeypatch.setattr(classifier.dist, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with contextlib.suppress(KeyError), open_runtime(RunSettings()) as runtime:
+    with contextlib.suppress(KeyError), open_runtime(Config()) as runtime:
         assert (runtime.rank, runtime.world_size) == (1, 2)
         if fails:
             raise KeyError("a bug")
@@ -96,7 +96,7 @@ def test_a_mac_has_no_gpu_under_torchrun(monkeypatch, device):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--device cpu"), open_runtime(RunSettings(device=device)):
+    with pytest.raises(UserError, match="--device cpu"), open_runtime(Config(device=device)):
         pass
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,14 +36,14 @@ from conftest import (
 )
 
 import classifier
-from classifier import Config, DataSettings, MlflowTracker, TrackingSettings, open_tracker
+from classifier import Config, MlflowTracker, open_tracker
 
 SMALL = [*LOGGED, "--limit-images", "128"]
 RECORDS = 7  # of `log_something` and of a training of two epochs
 
 
 def settings(**tracking):
-    return Config(data=DataSettings(dataset="digits"), tracking=TrackingSettings(**tracking))
+    return Config(dataset="digits", **tracking)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def no_served_model(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return classifier.load_data(DataSettings(dataset="digits", limit_images=20))
+    return classifier.load_data(Config(dataset="digits", limit_images=20))
 
 
 def log_something(config, runtime, data, files=None):
@@ -115,7 +115,7 @@ def logged(tmp_path_factory, new_store):
 
 def test_every_setting_and_every_fact_is_a_parameter(logged):
     params = logged[3].data.params
-    assert set(Config().flat()) - {"resume"} <= set(params)
+    assert set(asdict(Config())) - {"resume"} <= set(params)
     assert params["seed"] == "3" and params["amp"] == "auto" and params["tta"] == "True"
     assert params["lr"] == "auto" and params["momentum"] == "0.9367"
     facts = {name for name in params if name.startswith("run_")} - {"run_name"}
@@ -480,8 +480,8 @@ def test_class_names_that_are_no_utf8_have_their_files(cpu, store, tmp_path):
         os.makedirs(folder)
         for number in range(4):
             noise(40, 30).save(os.path.join(os.fsdecode(folder), f"{number}.png"))
-    data = classifier.load_data(DataSettings(dataset=str(tmp_path / "pictures")))
-    found = classifier.Evaluation(1.0, 0.5, None, 0.1, 1.0, torch.eye(2), 1.0)
+    data = classifier.load_data(Config(dataset=str(tmp_path / "pictures")))
+    found = classifier.Evaluation(1.0, 0.5, None, 0.1, 1.0, torch.eye(2).long(), 1.0)
     files = found.files(data.class_names)
     log_something(settings(), cpu, data, files)
     client, _, (found,) = runs_of(store)
