@@ -26,7 +26,7 @@ def test_round_trip(trained):
     assert (model.settings, model.train_digest) == (saved["settings"], saved["train_digest"])
     assert same(model.model.state_dict(), saved["weights"])
     assert saved["metrics"]["test_accuracy"] > 0.2
-    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8}
+    assert saved["settings"]["epochs"] == 15 and saved["model"] == {"width": 8, "depth": 2}
 
 
 def test_order_of_an_atomic_save(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import ROOT
 from classifier import Config
 
 MOST_LINES = 3200
-MOST_FLAGS = 40
+MOST_FLAGS = 41
 SCREEN = 60  # lines of a function with its docstring
 HEAVY = {"mlflow", "torchvision", "matplotlib", "sklearn"}
 

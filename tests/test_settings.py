@@ -51,7 +51,13 @@ def another_value(each):
         return not default, [flag_of(name).replace("--", "--no-" if default else "--", 1)]
     if isinstance(default, tuple):
         return ("http://a/", "b"), [flag_of(name), "http://a/", "b"]
-    samples = {"mode": "evaluate", "device": "cpu", "dataset": "digits", "start_size": 24}
+    samples = {
+        "mode": "evaluate",
+        "device": "cpu",
+        "dataset": "digits",
+        "start_size": 24,
+        "depth": 3,
+    }
     value = samples.get(name, 0.25 if float in kinds else 5 if int in kinds else "word")
     return value, [flag_of(name), str(value)]
 
