@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import copy
 import ctypes
@@ -27,6 +28,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -38,7 +40,9 @@ import platform
 import re
 import shlex
 import signal
+import socket
 import sqlite3
+import ssl
 import stat
 import statistics
 import sys
@@ -46,10 +50,12 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -62,13 +68,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import Image, ImageFilter, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageFilter, ImageOps, JpegImagePlugin, TiffImagePlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+SPLITS = {  # usual names of folders that hold the classes
+    "train": re.compile(r"(?i)train(ing)?([ _-]?set)?"),
+    "test": re.compile(r"(?i)test(ing)?([ _-]?set)?"),
+    "validation": re.compile(r"(?i)(val(id(ation)?)?|dev)([ _-]?set)?"),
+}
+# Hidden folders, MLflow's, and those that systems make by themselves.
+FOREIGN_FOLDER = re.compile(
+    r"(?i)\..*|mlartifacts.*|[@#](eadir|recycle|recently-snapshot|snapshot|tmp|sharebin)"
+    r"|\$recycle\.bin|recycler|lost\+found|system volume information|__macosx"
+)
+INCLUDED_MODEL = Path(__file__).resolve().parent / ".pretrained" / "cifar10_model.pth"
 DATASETS = ("cifar10", "digits")  # any other name is a folder
 IMAGE_SIZE = 32  # CIFAR-10's; every other picture is brought to it
 GRAY = 128  # the letterbox's neutral gray, in each channel
@@ -79,9 +96,8 @@ DECODERS = 8  # maximum number of threads; each may need 290 MB for a picture of
 SPLIT_SEED = 10  # fixed, so that the held-out images do not depend on --seed
 FILE_FORMAT = 6  # increase it when older models or resume files no longer fit the program
 CACHE_FORMAT = 1  # increase it when the letterbox changes
-TEMPERATURE = {"cifar10": 0.54}  # fitted on held-out images; 1 for other data sets
-# Of pictures in a folder. HEIC cannot be read, but its error message says what to do.
-PICTURE_NAME = re.compile(r"(?is)[^.].*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf])")
+# Of pictures in a folder. HEIC needs pillow-heif; without it, its error message says so.
+PICTURE_NAME = re.compile(r"(?is)[^.].*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|p[bgnp]m|hei[cf])")
 Record = dict[str, Any]  # results or settings by their names
 Files = dict[str, Callable[[], Any]]  # makes a figure (.png), table (.json), text (.md) or model
 
@@ -101,7 +117,8 @@ def setting(
     """A dataclass field with a setting's metadata; `short` is its abbreviation in run names.
 
     A resumed run must not change a setting that has one, unless `fixed` is False. `limits` are
-    `least`, `most`, `above`, `choices` and `pattern`.
+    `least`, `most`, `above`, `choices`, `pattern`, `path` (~ is the home folder) and `const` (the
+    value of a flag without one).
     """
     known = {"group": group, "help": help, "short": short, "fixed": bool(short) and fixed}
     return field(default=default, metadata=known | limits)
@@ -120,7 +137,7 @@ class Config:
     """All settings as given; `resolved_settings` says what `auto` became."""
 
     mode: str = in_all("train", "task", choices=("train", "evaluate", "predict", "benchmark"))
-    model_path: str | None = in_all(None, "model file (auto: <dataset>_model.pth)")
+    model_path: str | None = in_all(None, "model file (auto: <dataset>_model.pth)", path=True)
     device: str = in_all("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
     amp: bool | None = in_all(None, "mixed precision (auto: on where it is fast)", "amp", False)
     compile: bool | None = in_all(None, "torch.compile (auto: to train on CUDA)", "compile", False)
@@ -134,15 +151,24 @@ class Config:
     )
     repeats: int = in_training(1, "number of seeds; only the first model is saved", "rep", least=1)
     eval_every: int = in_training(1, "epochs between evaluations; 0: only at the end", least=0)
-    init_from: str | None = in_training(None, "model file to start from (auto: none)", "from-")
+    init_from: str | None = in_training(
+        None,
+        "model file to start from; without a value the included one (auto: none)",
+        "from-",
+        path=True,
+        const=str(INCLUDED_MODEL),
+    )
     resume: bool = in_training(False, "continue an interrupted run of the same --model-path")
 
     dataset: str | None = in_data(
         None,
         "cifar10; digits (no download); or a folder with one subfolder per class, optionally "
         "inside train/ and test/ (auto: cifar10; evaluate: the model's own)",
+        path=True,
     )
-    data_dir: str = in_data("data", "folder for CIFAR-10 and for caches of picture folders")
+    data_dir: str = in_data(
+        "data", "folder for CIFAR-10 and for caches of picture folders", path=True
+    )
     data_url: tuple[str, ...] = in_data(
         (
             # The Ray project's copy; its md5 was confirmed in anyscale/templates#927.
@@ -162,7 +188,7 @@ class Config:
     )
 
     image: tuple[str, ...] = in_prediction(
-        (), "files, folders, globs, or - to read paths from stdin"
+        (), "files, folders, globs, or - to read paths from stdin", path=True
     )
     top_k: int = in_prediction(3, "how many classes to name", least=1)
     threshold: float = in_prediction(
@@ -172,7 +198,7 @@ class Config:
         True, "test-time augmentation: average the answers over several views"
     )
     save_inputs: str | None = in_prediction(
-        None, "new folder for the network's inputs (auto: none)"
+        None, "new folder for the network's inputs (auto: none)", path=True
     )
 
     mlflow: bool = in_tracking(True, "log to MLflow")
@@ -183,8 +209,16 @@ class Config:
     tracking_uri: str | None = in_tracking(None, "store (auto: $MLFLOW_TRACKING_URI or mlflow.db)")
     system_metrics: bool = in_tracking(False, "also log the machine's load every 2 seconds")
 
-    width: int = in_recipe(64, "channels of the first stage", "w", least=1, most=4096)
-    depth: int = in_recipe(2, "convolutions per block; 3 needs 35 epochs", "d", least=2, most=3)
+    width: int | None = in_recipe(
+        None, "channels of the first stage (auto: 64, or --init-from's)", "w", least=1, most=4096
+    )
+    depth: int | None = in_recipe(
+        None,
+        "convolutions per block; 3 needs 35 epochs (auto: 2, or --init-from's)",
+        "d",
+        least=2,
+        most=3,
+    )
     lr: float | None = in_recipe(
         None,
         f"peak learning rate of the convolutions at batch size {REFERENCE_BATCH}; head and biases "
@@ -271,7 +305,7 @@ def value_parser(hint: Any, limits: Mapping[str, Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         if text == "auto" and type(None) in get_args(hint):
             return None
-        value = kind(text)
+        value = os.path.expanduser(text) if limits.get("path") else kind(text)
         try:
             check_limits(value, limits)
         except ValueError as error:
@@ -299,6 +333,8 @@ def flag_options(each: Field, hint: Any) -> Record:
         options["type"] = value_parser(hint, known)
     if isinstance(default, tuple):
         options |= {"nargs": "+", "action": "extend"}
+    if "const" in known:
+        options |= {"nargs": "?", "const": known["const"]}
     return options
 
 
@@ -357,22 +393,43 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+def process_numbers() -> list[int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun sets them.
+
+    A rank without a world, as some clusters set it, means nothing.
+    """
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    numbers = {name: os.environ.get(name) or str(number) for name, number in defaults.items()}
+    if wrong := [name for name, text in numbers.items() if not text.isdecimal()]:
+        raise UserError(f"{wrong[0]}={numbers[wrong[0]]!r} in the environment is not a number")
+    if int(numbers["WORLD_SIZE"]) < 2:
+        return list(defaults.values())
+    return [int(text) for text in numbers.values()]
+
+
+def is_main_process() -> bool:
+    with contextlib.suppress(UserError):
+        return process_numbers()[0] == 0
+    return True
+
+
 def log(message: str) -> None:
     """Prints a human-readable line on stderr, in the main process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(redact(message), file=sys.stderr, flush=True)
+    if is_main_process():
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            print(redact(message), file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """`items`, with a progress bar on a terminal."""
-    off = os.environ.get("RANK", "0") != "0" or None  # None: off unless stderr is a terminal
+    off = None if is_main_process() else True  # None: off unless stderr is a terminal
     return tqdm(items, label, total, leave=False, dynamic_ncols=True, disable=off)
 
 
 # --------------------------------------------------------------------------------------------------
 # Runtime: device, precision, processes, signals, atomic writes. Independent of model and data.
 class Stopped(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that handlers of errors let it through."""
+    """A signal to stop. Not an Exception, so that handlers of errors let it through."""
 
     pending: Stopped | None = None  # raised again at the next batch: a destructor may swallow it
 
@@ -383,7 +440,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises `Stopped`; a second one ends the process at once."""
+    """The first signal to stop raises `Stopped`; a second one ends the process at once."""
 
     def stop(signum: int, _frame: Any) -> None:
         for each in handled:
@@ -393,8 +450,13 @@ def stop_signals() -> Iterator[None]:
         Stopped.pending = Stopped(signum)
         raise Stopped.pending
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handled = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    # A closed terminal sends SIGHUP, which nohup ignores; SLURM may announce its end by SIGUSR1.
+    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        names.append("SIGHUP")
+    handled = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []
     before = [(each, signal.signal(each, stop)) for each in handled]
     try:
         yield
@@ -418,11 +480,25 @@ def usable_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, math.ceil(allowed))
 
 
+def supports_gpu() -> bool:
+    """Whether torch was built for the first GPU: for its architecture, or as portable code."""
+    major, minor = torch.cuda.get_device_capability()
+    for name in torch.cuda.get_arch_list():  # such as sm_86 or compute_90
+        kind, _, number = name.partition("_")
+        built = divmod(int(re.sub(r"\D", "", number)), 10)
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return True
+    return False
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that --device names; each local process takes the CUDA device of its rank."""
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device {name!r}: must be auto, cpu, cuda, cuda:N or mps")
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if has_cuda and name == "auto" and not supports_gpu():
+        log("this torch has no code for the GPU, which is too old or too new: using the CPU")
+        has_cuda = False
     if name == "auto":
         available = {"cuda": has_cuda, "mps": has_mps, "cpu": True}
         name = next(kind for kind, there in available.items() if there)
@@ -535,9 +611,7 @@ class Runtime:
 @contextlib.contextmanager
 def open_runtime(config: Config) -> Iterator[Runtime]:
     """Device, precision and, under torchrun, the process group until the work is done."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    numbers = (int(os.environ.get(name, default)) for name, default in names.items())
-    rank, world_size, local_rank, local_world_size = numbers
+    rank, world_size, local_rank, local_world_size = process_numbers()
     if world_size > 1 and config.mode in ("predict", "benchmark"):
         raise UserError(f"--mode {config.mode} runs in one process: start it without torchrun")
     if world_size > 1 and ":" in config.device:
@@ -558,13 +632,18 @@ def open_runtime(config: Config) -> Iterator[Runtime]:
     if world_size > 1:
         patience = datetime.timedelta(hours=2)  # the others wait while one of them downloads
         sizes: Record = {"rank": rank, "world_size": world_size, "timeout": patience}
-        store, _, _ = next(dist.rendezvous("env://", **sizes))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", **sizes))
+        except ValueError as error:  # the environment lacks an address
+            hint = "WORLD_SIZE is set: start with torchrun, or unset it"
+            raise UserError(f"{hint} ({first_line(error)})") from None
         if local_world_size == world_size:
             # torchrun's store keeps keys from before a restart (pytorch/pytorch#135712).
             # Each machine counts its own restarts, so this works on one machine only.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restart, store)
-        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # not built on Windows
+        backend, bound = ("nccl", device) if nccl else ("gloo", None)
         # If DDP imported it later, its default arguments would keep the group: gloo's threads would
         # outlive destroy_process_group and could abort the process (pytorch/pytorch#179291).
         from torch.distributed import nn as _  # noqa: F401
@@ -597,7 +676,7 @@ def accelerate(
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(runtime.amp_dtype)
-    reason = "as asked" if compile else "--no-compile, or a single pass"
+    reason = "as asked" if compile else "--no-compile, or too little work"
     if compile is None:
         compile, reason = runtime.device.type == "cuda", "auto: on for CUDA only"
     if not compile:
@@ -681,10 +760,23 @@ def load_whole(file: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------
 # Pixels: from a user's picture to the network's input. Independent of model and settings.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "PPM")
+SOURCES = "a path, bytes, an open binary file, a PIL image or a uint8 array (H, W) or (H, W, 3)"
 MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones have 200
 MAX_SCANS = 50  # of a JPEG: each is a pass over all pixels; usual are up to 14
+MAX_TEXT_PIXELS = 1_000_000  # of a PPM whose numbers are text, which Pillow reads in Python
+GRAY_SCALES = (1, 255, 4095, 65535)  # white as a float, in 8, 12 and 16 bits
+TIFF_STARTS = (b"II*\0", b"MM\0*")
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 JPEG_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # other markers have no content
 REDUCING_GAP = 2.0  # Pillow averages pixels down to twice the target before LANCZOS: half the time
 SOFTEN = ImageFilter.Kernel((3, 3), (1, 8, 1, 8, 64, 8, 1, 8, 1))  # see `photo_letterbox`
@@ -710,29 +802,55 @@ def jpeg_scans(data: bytes) -> int:
     return max(scans, 2 * together)
 
 
-def gray_levels(image: Image.Image) -> Image.Image:
+def gray_levels(image: Image.Image, white_first: bool) -> Image.Image:
     """An integer or float picture as 8-bit gray; Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    largest = 65535 if image.mode.startswith("I;16") else values.max(initial=0)
-    full = next((scale for scale in (1.0, 255.0, 65535.0) if largest <= scale), largest)
-    gray = Image.fromarray((values.clip(0, full) * (255 / full)).round().astype(np.uint8))
+    largest, slack = values.max(initial=0), 1.25 if image.mode == "F" else 1  # overshoots
+    scales = GRAY_SCALES[2:] if image.mode.startswith("I;16") else GRAY_SCALES
+    full = next((scale for scale in scales if largest <= slack * scale), largest)
+    levels = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
+    gray = Image.fromarray(255 - levels if white_first else levels)
     if isinstance(transparent := image.info.get("transparency"), int):
         gray.putalpha(Image.fromarray(np.uint8(255) * (values != transparent)))
     return gray
 
 
+@functools.lru_cache(16)
+def srgb_transform(profile: bytes, mode: str) -> Any:
+    """Converts pixels of a colour profile to sRGB; None if they are sRGB or the profile is broken.
+
+    Kept, so that a folder of photos with one profile costs nothing if it is sRGB.
+    """
+    from PIL import ImageCms
+
+    steps = range(0, 256, 51)
+    colours = [channel for colour in itertools.product(steps, repeat=3) for channel in colour]
+    sample = Image.frombytes("RGB", (len(steps) ** 3, 1), bytes(colours))
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, mode, "RGB")
+        moved = ImageChops.difference(transform.apply(sample), sample) if mode == "RGB" else None
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+    unchanged = moved is not None and np.asarray(moved).max() <= 2
+    return None if unchanged else transform
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to RGB: applies the EXIF rotation, puts transparency on gray, scales 16 bits."""
+    """Converts to 8-bit sRGB: applies rotation and colour profile, puts transparency on gray."""
     if 0 in image.size:
         raise ValueError("the picture has no pixels")
     image.load()
+    profile = image.info.get("icc_profile")
+    white_first = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's photometric interpretation
     with contextlib.suppress(Exception):  # broken EXIF is no reason to reject a picture
-        image = ImageOps.exif_transpose(image)
+        image = image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
     factor = max(image.size) // (16 * IMAGE_SIZE)  # averaged to a side of 512 to 1,023 first
     if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
-        image, factor = image.reduce(factor), 1
+        image, factor = image.reduce(factor), 1  # 1: done
     if image.mode.startswith(("I", "F")):
-        image = gray_levels(image)
+        image = gray_levels(image, white_first)
     if image.mode in ("1", "P", "PA"):  # `reduce` cannot average these
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if factor > 1:
@@ -740,7 +858,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (GRAY, GRAY, GRAY))
         image = Image.alpha_composite(background, image.convert("RGBA"))
+    if image.mode not in ("L", "CMYK"):  # their profiles are for these pixels
+        image = image.convert("RGB")
+    if profile and (transform := srgb_transform(profile, image.mode)):
+        image = transform.apply(image)
     return image.convert("RGB")
+
+
+def mend_transparency(image: Any) -> None:
+    """Corrects which pixels of an opened PNG or BMP are transparent."""
+    layout, transparent = image.tile and image.tile[0][3], image.info.get("transparency")
+    if transparent is not None:  # in the file's own depth (python-pillow/Pillow#9281)
+        if layout in ("L;2", "L;4"):
+            image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[layout]
+        elif layout == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
+        image.putalpha(255)  # the Windows clipboard leaves these bytes empty
 
 
 def check_size(image: Any, file: Any) -> None:
@@ -753,30 +887,116 @@ def check_size(image: Any, file: Any) -> None:
             raise UserError(f"a JPEG with {scans} scans: more than {MAX_SCANS} are not supported")
         if scans == 1:  # libjpeg combines several scans at full size
             most = MAX_JPEG_PIXELS
-    if image.tile and image.tile[0][0] == "bmp_rle":  # slow Python loop; gigabytes in Pillow 11
+    codec = image.tile[0][0] if image.tile else ""
+    if codec == "bmp_rle":  # slow Python loop; gigabytes in Pillow 11
         raise UserError("a BMP with run-length encoding is not supported: save it as PNG")
+    if codec == "ppm_plain":
+        most = MAX_TEXT_PIXELS
     tags = getattr(image, "tag_v2", {})
-    tile = tags.get(322, 0) * tags.get(323, 0)  # a TIFF tile is always decoded whole
+    tile = tags.get(322, 0) * tags.get(323, 0)  # a TIFF tile (width, length) is decoded whole
     if max(image.width * image.height, tile) > most:
         size = f"{image.width}x{image.height} pixels"
         raise UserError(f"{size}: more than {most // 10**6} million are not supported")
 
 
-def read_file(file: Any, head: bytes) -> Image.Image:
-    """Decodes an open file that starts with `head`; the picture as RGB."""
+def essential_png(data: bytes) -> bytes:
+    """A PNG without the chunks that its pixels, transparency and rotation do not need."""
+    kept, position = [data[:8]], 8
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        kind, sum = data[position + 4 : position + 8], zlib.crc32(data[position + 4 : end - 4])
+        whole = data[end - 4 : end] == sum.to_bytes(4)
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or kind in (b"tRNS", b"eXIf") and whole:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def is_heic(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf")
+
+
+def heif_formats(head: bytes) -> tuple[str, ...]:
+    """Pillow's name of HEIC, if the file is one and pillow-heif is installed."""
+    if not is_heic(head) or not importlib.util.find_spec("pillow_heif"):
+        return ()
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    return ("HEIF",)
+
+
+def silence_libtiff() -> None:
+    """Its messages would go to stderr, beside the error that Pillow raises."""
+    with contextlib.suppress(OSError, AttributeError):  # a build without these symbols
+        library = ctypes.CDLL(Image.core.__file__)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+def tiff_layout(file: Any) -> str:
+    """What is special about an open TIFF that Pillow cannot read."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+    file.seek(tags.next)
+    tags.load(file)
+    bits, form = tags.get(258, (1,)), {2: "signed", 3: "float"}.get(tags.get(339, (1,))[0], "")
+    layout = f"{len(bits)} x {bits[0]} {form} bits".replace("  ", " ")
+    return f"a TIFF with {layout} and compression {tags.get(259, 1)}"
+
+
+def decode(file: Any, head: bytes) -> Image.Image:
+    """The picture in an open file that starts with `head`, as RGB."""
     file.seek(0)
+    if head[:4] in TIFF_STARTS:
+        silence_libtiff()
     if head.startswith(b"\xff\xd8"):  # `Image.open` rejects 200-megapixel phone photos
         image: Any = JpegImagePlugin.JpegImageFile(file)
     else:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=[*FORMATS, *heif_formats(head)])
     check_size(image, file)
+    mend_transparency(image)
     image.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))  # decode large JPEGs at reduced size
     return to_rgb(image)
 
 
-def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """A picture as RGB (an animation's first frame); UserError if it cannot be read."""
-    head = b""
+def read_file(file: Any, head: bytes) -> Image.Image:
+    """Decodes an open file that starts with `head`; UserError if Pillow does not know it."""
+    try:
+        return decode(file, head)
+    except UserError:
+        raise
+    except Exception as error:  # whatever decoders raise on hostile bytes
+        file.seek(0)
+        if head.startswith(b"\x89PNG"):  # other chunks may be too large or damaged
+            return decode(io.BytesIO(essential_png(file.read())), head)
+        if not isinstance(error, Image.UnidentifiedImageError):
+            raise
+        if is_heic(head):
+            way = "pip install pillow-heif, or export it as JPEG"
+            raise UserError(f"a HEIC photo, which Pillow cannot read: {way}") from None
+        if head[:4] in TIFF_STARTS:
+            raise UserError(f"{tiff_layout(file)} is not supported: save it as PNG") from None
+        kinds = f"not a picture in a supported format ({', '.join(FORMATS)})"
+        raise UserError(kinds if head else "the file is empty") from None
+
+
+def picture_source(source: Any) -> Any:
+    """`source` as a path, bytes or a PIL image; TypeError if it is none of SOURCES."""
+    is_array = isinstance(source, np.ndarray) and source.dtype == np.uint8
+    if is_array and (source.ndim == 2 or source.shape[2:] == (3,)):
+        return Image.fromarray(np.ascontiguousarray(source))
+    if isinstance(source, bytearray | memoryview):
+        return bytes(source)
+    if hasattr(source, "read") and isinstance(content := source.read(), bytes):
+        return content
+    if isinstance(source, str | os.PathLike | bytes | Image.Image):
+        return source
+    raise TypeError(f"a picture must be {SOURCES}, not {type(source).__name__}")
+
+
+def read_image(source: Any) -> Image.Image:
+    """One of SOURCES as RGB (an animation's first frame); UserError if it cannot be read."""
+    source = picture_source(source)
     try:
         if isinstance(source, Image.Image):
             with _decoding:  # PIL may decode it only now, which is not thread-safe
@@ -784,17 +1004,15 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
             raise UserError("a directory" if os.path.isdir(source) else "not a regular file")
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-            head = file.read(12)
-            return read_file(file, head)
-    except Image.UnidentifiedImageError:
-        if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
-            raise UserError("a HEIC photo, which Pillow cannot read: export it as JPEG") from None
-        kinds = f"not a picture in a supported format ({', '.join(FORMATS)})"
-        raise UserError(kinds if head else "the file is empty") from None
+            return read_file(file, file.read(12))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError("no such picture") from None
-    except Exception as error:  # UserError, or what decoders raise on hostile bytes: any type
-        raise UserError(getattr(error, "strerror", None) or first_line(error)) from None
+    except Exception as error:  # what decoders raise on hostile bytes: any type
+        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = re.sub("^.*decoder error.*$", "damaged: its pixels cannot be decoded", reason)
+        raise UserError(reason) from None
 
 
 def letterbox(image: Image.Image) -> Image.Image:
@@ -930,9 +1148,14 @@ def download(url: str, path: Path, patient: bool) -> bool:
     """Downloads `url` to `path`; gives up and returns False if it is slow and not `patient`."""
     log(f"downloading CIFAR-10 (170 MB) from {url}")
     address = re.sub("//[^/]*@", "//", url)  # errors quote it, and urllib accepts no passwords
+    certificates = ssl.create_default_context()
+    with contextlib.suppress(ImportError):  # python.org's Python for macOS has none of its own
+        import certifi
+
+        certificates.load_verify_locations(certifi.where())
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
     with (
-        urllib.request.urlopen(request, timeout=MIRROR_SILENCE) as answer,
+        urllib.request.urlopen(request, timeout=MIRROR_SILENCE, context=certificates) as answer,
         open(path, "wb") as file,
         tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
@@ -1029,30 +1252,41 @@ def load_digits() -> ImageData:
 
 def natural(path: str) -> tuple[list[Any], str]:
     """Sort key that puts photo2 before photo10; ties such as 1 and 01 are ordered as text."""
+    path = path.replace(os.sep, "/")  # the same order on Windows
     parts = re.split(r"(\d+)", path)
     return [int(part) if part.isdecimal() else part for part in parts], path
 
 
 def pictures_below(folder: str | Path) -> list[str]:
     """Paths of the pictures in `folder` and below it, without hidden ones, in natural order."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:  # a link to where we were, perhaps a loop
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not FOREIGN_FOLDER.fullmatch(name)]
         found += [os.path.join(place, name) for name in names if PICTURE_NAME.fullmatch(name)]
     return sorted(found, key=natural)
+
+
+def subfolders(folder: str) -> list[str]:
+    """Paths of the folders in `folder` that may hold classes, in natural order."""
+    _, names, _ = next(os.walk(folder), ("", [], []))  # empty if it cannot be read
+    names = [name for name in names if not FOREIGN_FOLDER.fullmatch(name)]
+    return sorted((os.path.join(folder, name) for name in names), key=natural)
 
 
 def find_classes(folder: str) -> dict[str, list[str]]:
     """Each non-empty subfolder's pictures, by the name of the class."""
     classes: dict[str, list[str]] = {}
-    _, names, _ = next(os.walk(folder), ("", [], []))  # empty if it cannot be read
-    for path in sorted((os.path.join(folder, name) for name in names), key=natural):
-        if os.path.basename(path).startswith((".", "mlartifacts")):  # hidden, or MLflow's
-            continue
-        # JSON and MLflow want UTF-8.
+    for path in subfolders(folder):
+        # JSON and MLflow want UTF-8; macOS writes accents as characters of their own.
         name = os.path.basename(path).encode("utf-8", "backslashreplace").decode()
+        name = unicodedata.normalize("NFC", name)
         if pictures := pictures_below(path):
-            classes[name] = pictures
+            classes[name] = classes.get(name, []) + pictures
         else:
             log(f"{path}: no pictures, so it is not used as a class")
     return classes
@@ -1065,7 +1299,7 @@ def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
     """
 
     def draw(path: str) -> int:  # uniform below 2**32
-        name = os.fsencode(os.path.relpath(path, root))
+        name = os.fsencode(os.path.relpath(path, root).replace(os.sep, "/"))
         return int.from_bytes(hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()[:4])
 
     order, tenth = sorted(paths, key=draw), sum(10 * draw(path) < 2**32 for path in paths)
@@ -1073,15 +1307,44 @@ def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
     return order[count:], order[:count]
 
 
+def find_split_folders(root: str) -> dict[str, str]:
+    """The folders of the splits in `root` by kind, train first; empty if there are none.
+
+    A class may be called train. It is the split if it holds the classes' folders and no pictures,
+    or if all folders beside it are splits, too.
+    """
+    found, others = {}, []
+    for path in subfolders(root):
+        name = os.path.basename(path)
+        kind = next((kind for kind, names in SPLITS.items() if names.fullmatch(name)), None)
+        if kind and kind not in found:
+            found[kind] = path
+        elif pictures_below(path):
+            others.append(path)
+    if "train" not in found:
+        return {}
+    inside = {os.path.dirname(path) for path in pictures_below(found["train"])}
+    direct = found["train"] in inside
+    if not inside or (direct and (others or len(found) == 1)):
+        return {}
+    if inside == {found["train"]}:
+        raise UserError(f"--dataset: {found['train']} needs a subfolder for each class")
+    if direct:
+        log(f"{found['train']}: pictures beside the classes' folders are not used")
+    for path in others:
+        log(f"{path}: beside {found['train']}, so it is not used")
+    return found
+
+
 def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Training and test pictures by class; UserError if they do not form a data set."""
-    # A class may be called train. It is the split only if it holds no pictures directly.
-    place, test = os.path.join(root, "train"), cast(dict[str, list[str]], {})
-    folders = {os.path.dirname(path) for path in pictures_below(place)}
-    is_split = bool(folders) and place not in folders
-    train = find_classes(place if is_split else root)
-    if is_split and os.path.isdir(os.path.join(root, "test")):
-        test = find_classes(os.path.join(root, "test"))
+    folders, test = find_split_folders(root), cast(dict[str, list[str]], {})
+    train = find_classes(folders.get("train", root))
+    if place := folders.get("test") or folders.get("validation"):
+        test = find_classes(place)
+        unused = [path for path in folders.values() if path not in (folders["train"], place)]
+        note = f"; {', '.join(unused)} is not used" if unused else ""
+        log(f"training on {folders['train']}, testing on {place}{note}")
     else:
         for name, paths in train.items():
             train[name], test[name] = split_class(paths, root)
@@ -1141,8 +1404,8 @@ def read_pictures(paths: list[str], cache: Path, keep: bool) -> tuple[Tensor, di
 
 def load_pictures(
     classes: dict[str, list[str]], names: list[str], cache: Path, keep: bool
-) -> Split:
-    """The readable pictures, labeled with the index of their class in `names`."""
+) -> tuple[Split, list[str]]:
+    """The readable pictures, labeled with the index of their class in `names`, and their paths."""
     paths = [path for pictures in classes.values() for path in pictures]
     labels = [names.index(name) for name, pictures in classes.items() for _ in pictures]
     images, errors = read_pictures(paths, cache, keep)
@@ -1151,7 +1414,26 @@ def load_pictures(
     if errors:
         log(f"{len(errors)} of {len(paths)} pictures could not be read and are left out")
     good = [number for number in range(len(paths)) if number not in errors]
-    return Split(images, torch.tensor(labels)).take(torch.tensor(good).long())
+    split = Split(images, torch.tensor(labels)).take(torch.tensor(good).long())
+    return split, [paths[number] for number in good]
+
+
+def report_copies(train: Split, test: Split, paths: list[str]) -> None:
+    """Logs which pictures occur twice where they should not; `paths` are train's and test's."""
+    images, labels = (*train.images, *test.images), torch.cat([train.labels, test.labels]).tolist()
+    keys = [hashlib.md5(image.numpy().data).digest() for image in images]
+    trained, first = (
+        set(keys[: len(train)]),
+        dict(zip(reversed(keys), reversed(labels), strict=True)),
+    )
+    tested = zip(paths[len(train) :], keys[len(train) :], strict=True)
+    both = [path for path, key in tested if key in trained]
+    rows = zip(paths, keys, labels, strict=True)
+    two = [path for path, key, label in rows if first[key] != label]
+    what = f"of {len(test)} test pictures are also training pictures"
+    for found, problem in ((both, what), (two, "pictures are also in another class")):
+        if found:
+            log(f"{len(found)} {problem}: {', '.join(found[:3])}{', ...' if found[3:] else ''}")
 
 
 def load_folder(config: Config, training: bool) -> ImageData:
@@ -1167,14 +1449,17 @@ def load_folder(config: Config, training: bool) -> ImageData:
     train_classes, test_classes = find_splits(root)
     names, train = list(train_classes), NO_IMAGES
     if training:
-        train = load_pictures(train_classes, names, data_dir / f"{cache}-train.cache", keep)
+        place = data_dir / f"{cache}-train.cache"
+        train, train_paths = load_pictures(train_classes, names, place, keep)
         for number, name in enumerate(names):
             if number not in train.labels:
                 raise UserError(f"--dataset: no picture of {name} could be read")
-        train = train.take(shuffled(len(train)))  # --limit-images takes the first
-    test = load_pictures(test_classes, names, data_dir / f"{cache}-test.cache", keep)
+    test, test_paths = load_pictures(test_classes, names, data_dir / f"{cache}-test.cache", keep)
     if not len(test):
         raise UserError(f"--dataset: {root} leaves no picture to test on")
+    if training:
+        report_copies(train, test, train_paths + test_paths)
+        train = train.take(shuffled(len(train)))  # --limit-images takes the first
     return ImageData(root, tuple(names), train, test, source=Path(root).as_uri())
 
 
@@ -1249,8 +1534,7 @@ class BatchSampler(Sampler):
         self.count, self.runtime = count, runtime
         self.batch_size, self.seed = config.batch_size, config.seed
         equal = count // runtime.world_size
-        whole = equal - equal % self.batch_size
-        self.share = max(whole, min(equal, self.batch_size))  # images per epoch
+        self.share = equal - equal % self.batch_size or equal  # images per epoch
 
     def __len__(self) -> int:
         return math.ceil(self.share / self.batch_size)
@@ -1284,7 +1568,7 @@ def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLo
 # --------------------------------------------------------------------------------------------------
 # Views: what the network is shown of an image. Independent of files and model.
 def move_pixels(images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
-    """Each image (N, C, H, W) shifted by whole pixels, edges reflected, flipped where `flip`."""
+    """Each image (N, C, H, W) flipped where `flip`, then shifted, with reflected edges."""
     _, channels, height, width = images.shape
 
     def source(offsets: Tensor, size: int) -> Tensor:  # reflected: -1 becomes 1
@@ -1350,11 +1634,13 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
     One half wide, one half tall: shrunk, cropped to the short side, reflected along the long side,
     between gray bars. Each half has one size, drawn on the CPU to avoid a sync.
     """
+    # Rounded at random, so that the share is right on average.
     pairs = share * len(images) / 2 + float(torch.rand((), generator=host))
     count = min(int(pairs), len(images) // 2)
     if not count:
         return images
     images = images.clone()
+    # Views of `images`, which `copy_` changes; the second is transposed, to be tall in the end.
     for part in (images[:count], images[count : 2 * count].transpose(2, 3)):
         drawn = torch.randint(IMAGE_SIZE // 4, IMAGE_SIZE // 2 + 1, (2,), generator=host)
         height, side = sorted((2 * drawn).tolist())
@@ -1439,7 +1725,9 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in, S, S)
         x = F.max_pool2d(self.conv1(x), 2, stride=1)
-        x = F.avg_pool2d(x, 2, ceil_mode=True)  # also uses an odd last row or column
+        # Also uses an odd last row or column. With `count_include_pad`, which changes nothing else,
+        # torch.compile's gradients would be wrong there (pytorch/pytorch#198119).
+        x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         x = F.gelu(self.norm1(x))  # (N, out, S/2, S/2)
         y = F.gelu(self.norm2(self.conv2(x)))
         if self.depth == 2:
@@ -1454,7 +1742,7 @@ class CifarNet(nn.Module):
     get it wrong. Returns logits (N, classes). Without `statistics`, load a state dict afterwards.
     """
 
-    FLAGS = ("width", "depth")  # that shape it
+    SHAPE = {"width": 64, "depth": 2}  # the flags that shape it, and what `auto` is
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -1473,7 +1761,8 @@ class CifarNet(nn.Module):
         self.register_buffer("pixel_std", std.view(3, 1, 1))
         self.stem.weight = nn.Parameter(whitening, requires_grad=False)
         self.stem.bias = nn.Parameter(torch.zeros(24))
-        nn.init.normal_(self.head.weight)
+        if statistics:  # on "meta", where no values are needed, this would import torch._dynamo
+            nn.init.normal_(self.head.weight)
 
     def features(self, images: Tensor) -> Tensor:  # uint8 or float (N, 3, S, S)
         x = normalize(images, self.pixel_mean, self.pixel_std)
@@ -1511,13 +1800,13 @@ class CifarNet(nn.Module):
 
 def view_logits(net: nn.Module, views: Iterable[Tensor]) -> Tensor:
     """Float32 logits (V, N, classes) of all views; each tensor (v, N, 3, S, S) has one size."""
-    logits, count, images = [], 0, 0
+    found = []
     for group in views:
-        count, images = count + len(group), group.shape[1]
         # Few images: all views in one call. Larger pieces overflow the caches and are slower.
-        for piece in group.flatten(0, 1).split(max(images, PREDICTION_BATCH)):
-            logits.append(net(piece).float())
-    return torch.cat(logits).unflatten(0, (count, images))
+        pieces = group.flatten(0, 1).split(max(group.shape[1], PREDICTION_BATCH))
+        logits = torch.cat([net(piece).float() for piece in pieces])
+        found.append(logits.unflatten(0, group.shape[:2]))
+    return torch.cat(found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1546,18 +1835,32 @@ class SavedModel(NamedTuple):
         return replace(config, **changes | {"dataset": asked or self.dataset, "flip": self.flip})
 
 
+def find_model(asked: str | Path | None, usual: Path) -> Path:
+    """The model file that is asked for, else the usual one, else (of CIFAR-10) the included one."""
+    if asked or os.path.lexists(usual) or usual.name != INCLUDED_MODEL.name:
+        return Path(asked or usual)
+    if not INCLUDED_MODEL.exists():
+        missing = f"{usual} is missing, and so is the included model {INCLUDED_MODEL}"
+        raise UserError(f"{missing}: create one with --mode train")
+    log("using the included model; --mode train makes your own")
+    return INCLUDED_MODEL
+
+
 def load_checked(path: Path) -> Record:
     """The dict in `path`; UserError if it is missing, damaged, foreign or tries to run code."""
+    way = "; create one with --mode train" if path == INCLUDED_MODEL else ""
     try:
         payload = load_whole(io.BytesIO(Path(path).read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: no such model; create one with --mode train") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}{way}") from None
     except Exception as error:  # the unpickler raises anything on foreign bytes
-        raise UserError(f"{path} is damaged or not a model file: {first_line(error)}") from None
+        raise UserError(
+            f"{path} is damaged or not a model file: {first_line(error)}{way}"
+        ) from None
     if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
-        raise UserError(f"{path} is not a file of this program")
+        raise UserError(f"{path} is not a file of this program{way}")
     if payload["format_version"] != FILE_FORMAT:
         raise UserError(f"{path} was written by another version: train again")
     return payload
@@ -1613,6 +1916,8 @@ def load_model(path: Path) -> SavedModel:
             model = CifarNet(classes=len(saved["class_names"]), **saved["model"])
         for name, wanted in model.state_dict().items():
             tensor = saved["weights"][name]
+            if tensor.dtype in (torch.float16, torch.bfloat16):  # the included model's, to be small
+                tensor = saved["weights"][name] = tensor.float()
             stored = tensor.untyped_storage().nbytes()  # less than `nbytes` if it is expanded
             right = (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape)
             if not right or stored < tensor.nbytes or not tensor.isfinite().all():
@@ -1624,7 +1929,8 @@ def load_model(path: Path) -> SavedModel:
         raise UserError(f"{path} is damaged: it lacks {error}") from None
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
-    return SavedModel(model.eval(), tuple(saved["class_names"]), *known)
+    names = tuple(unicodedata.normalize("NFC", name) for name in saved["class_names"])
+    return SavedModel(model.eval(), names, *known)
 
 
 @contextlib.contextmanager
@@ -1702,6 +2008,10 @@ class ResumeFile:
 HEAD_RATE = 937.5  # the head's and the biases' rates, as multiples of the convolutions'
 BIAS_RATE = 73.0
 HEAD_MEMORY = 3.0  # the time constant of their momentum, as a multiple of the convolutions'
+SPEED_TRIAL = 10.0  # seconds after which the speed is known
+COMPILED_UPDATES = 2000  # from which compiling on CUDA, which takes up to a minute, pays
+TRIED_BATCH = 2048  # the largest that the rates were tried with, which grow with the batch
+CERTAIN_MARGIN = 6.877  # of logits; with it CIFAR-10's temperature is 0.54, the best on a holdout
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv:1706.04599
 
 
@@ -1773,6 +2083,18 @@ def accumulation_windows(batches: Iterable, count: int, steps: int) -> Iterator[
         yield batch, 1 / window, position % steps == window - 1
 
 
+def usual_temperature(smoothing: float, classes: int) -> float:
+    """The temperature that undoes label smoothing, which makes right answers look doubtful.
+
+    Smoothed labels ask for a logit that is only so much above the others; the temperature raises
+    this to CERTAIN_MARGIN. Without smoothing it is 1.
+    """
+    if not smoothing:
+        return 1.0
+    rest = smoothing / classes
+    return min(1.0, math.log((1 - smoothing + rest) / rest) / CERTAIN_MARGIN)
+
+
 class Evaluation(NamedTuple):
     """Accuracies and `ece` are fractions; `confusion` counts plain answers (true class, answer)."""
 
@@ -1821,14 +2143,24 @@ class Evaluation(NamedTuple):
         """What an MLflow run keeps: confusion matrix and accuracy by class."""
 
         def matrix() -> Any:
+
             from matplotlib.figure import Figure
+            from matplotlib.font_manager import FontProperties, findfont
+            from matplotlib.ft2font import FT2Font
             from sklearn.metrics import ConfusionMatrixDisplay
 
             side, few = 3 + 0.5 * min(len(class_names), 60), len(class_names) <= 30
             figure = Figure(figsize=(side, side), layout="constrained")
-            display = ConfusionMatrixDisplay(self.confusion.numpy(), display_labels=class_names)
+            font = FT2Font(findfont(FontProperties()))
+            labels = []
+            for number, name in enumerate(class_names):
+                known = all(font.get_char_index(ord(letter)) for letter in name)
+                labels.append(name.replace("$", r"\$") if known else f"class {number}")
+            display = ConfusionMatrixDisplay(self.confusion.numpy(), display_labels=labels)
             style = {"cmap": "Blues", "colorbar": False, "xticks_rotation": 45}
             display.plot(ax=figure.add_subplot(), include_values=few, values_format="d", **style)
+            if any(label.startswith("class ") for label in labels):
+                figure.suptitle("Numbers stand for names that the font lacks")
             return figure
 
         per_class = self.per_class(class_names)
@@ -1853,7 +2185,7 @@ def evaluate(
     for batch in share.images.split(EVALUATION_BATCH):
         (images,) = runtime.move(batch)
         views = shifted_views(images, data.flip) if tta else images[None]
-        with runtime.autocast():
+        with runtime.autocast(), torch.backends.cudnn.flags(True, benchmark=False):  # repeatable
             logits = view_logits(net, [views])  # (V, N, classes)
         plain_parts.append(logits[0])
         mean_parts.append(logits.mean(0))
@@ -1905,19 +2237,23 @@ def resolved_settings(
 
 def build_model(config: Config, data: ImageData) -> CifarNet:
     """A new network, or --init-from's; UserError if that one may have seen held-out images."""
-    shape = {name: getattr(config, name) for name in CifarNet.FLAGS}
+    shape, saved, problem = dict(CifarNet.SHAPE), None, f"--init-from {config.init_from}"
+    if config.init_from:
+        saved = load_model(Path(config.init_from))
+        shape = saved.model.settings
+    for name, value in shape.items():
+        if getattr(config, name) not in (None, value):
+            if saved:
+                raise UserError(f"{problem}: its {name} is {value}; leave --{name} out")
+            shape[name] = getattr(config, name)
     statistics = pixel_statistics(data.train.images)
     model = CifarNet(classes=len(data.class_names), statistics=statistics, **shape)
-    if not config.init_from:
+    if not saved:
         return model
-    problem, saved = f"--init-from {config.init_from}", load_model(Path(config.init_from))
     same_data = os.path.basename(saved.dataset) == os.path.basename(data.name)
     if config.holdout and same_data and saved.train_digest != data.train.digest:
         reason = f"may have been trained on images of --holdout {config.holdout}"
         raise UserError(f"{problem}: {reason}; use a model trained with that flag")
-    for name, value in saved.model.settings.items():
-        if value != shape[name]:
-            raise UserError(f"{problem}: its {name} differs; add --{name} {value}")
     if saved.class_names == data.class_names:
         model.load_state_dict(saved.model.state_dict())
     else:
@@ -1927,6 +2263,8 @@ def build_model(config: Config, data: ImageData) -> CifarNet:
 
 class Training:
     """One seed's training: what it needs, what it changes, and its place in the schedule."""
+
+    tell_speed: Callable[[float], None] | None = None  # called once, with the seconds a batch takes
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.config, self.data, self.runtime = config, data, runtime
@@ -1942,18 +2280,22 @@ class Training:
         example = data.train.images[: min(share, config.batch_size)]
         sizes = {config.image_size(tenths / 10) for tenths in range(10)}  # all of the schedule's
         examples = [shrink(example, size) for size in sizes]
-        net, self.report = accelerate(self.model, runtime, config.compile, *examples)
-        self.replica: Any = runtime.distribute(net)
         # An update cannot span more than one epoch.
         self.steps = min(config.accumulate_grad_steps, batches)
+        self.total = config.epochs * math.ceil(batches / self.steps)
+        compile = config.compile
+        if compile is None and self.total < COMPILED_UPDATES:
+            compile = False
+        net, self.report = accelerate(self.model, runtime, compile, *examples)
+        self.replica: Any = runtime.distribute(net)
         batch = min(config.batch_size * self.steps, share) * runtime.world_size
         self.optimizer = Muon.for_model(self.model, config, batch)
         enabled = runtime.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=enabled)
-        self.total = config.epochs * math.ceil(batches / self.steps)
         self.updates = self.skipped = 0
         peak_lr = self.optimizer.param_groups[0]["peak_lr"]
         derived = {"run_effective_batch": batch, "run_peak_lr": peak_lr, "run_flip": data.flip}
+        derived |= {f"run_{name}": value for name, value in self.model.settings.items()}
         self.resolved = resolved_settings(runtime, options, self.report, data) | derived
 
     @property
@@ -1968,21 +2310,25 @@ class Training:
 
     def batches(self) -> Iterator[list[Tensor]]:
         """An epoch's batches on the device; adds up the time spent waiting for the loader."""
-        self.wait_seconds, started = 0.0, time.perf_counter()
-        for batch in progress(self.loader, f"epoch {self.epoch + 1}/{self.config.epochs}"):
+        self.wait_seconds = 0.0
+        began = started = time.perf_counter()
+        for number, batch in enumerate(
+            progress(self.loader, f"epoch {self.epoch + 1}/{self.config.epochs}")
+        ):
             self.wait_seconds += time.perf_counter() - started
             if Stopped.pending:
                 raise Stopped.pending
+            if number and self.tell_speed and started - began > SPEED_TRIAL:
+                self.tell_speed((started - began) / number)
+                self.tell_speed = None
             yield self.runtime.move(*batch)
             started = time.perf_counter()
 
     def train_epoch(self) -> Record:
         """One pass over the training images; returns means over all processes."""
         config, runtime, device = self.config, self.runtime, self.runtime.device
-        stream = 1 + runtime.rank  # 0 is the shuffle's
-        generators = [
-            epoch_generator(config.seed, self.epoch, stream, each) for each in (device, "cpu")
-        ]
+        draw = config.seed, self.epoch, 1 + runtime.rank  # 0 is the shuffle's
+        generators = epoch_generator(*draw, device), epoch_generator(*draw)
         sums, started = torch.zeros(3, device=device), time.perf_counter()  # on it: no syncs
         self.replica.train()
         windows = accumulation_windows(self.batches(), len(self.sampler), self.steps)
@@ -2031,8 +2377,8 @@ class Training:
     def evaluate(self) -> Evaluation:
         """Evaluates the current weights; with TTA after the last epoch only."""
         tta = self.config.tta and self.epoch == self.config.epochs
-        usual = TEMPERATURE.get(self.data.name, 1.0)
-        return evaluate(self.model, self.data, self.runtime, tta, usual)
+        temperature = usual_temperature(self.config.label_smoothing, len(self.data.class_names))
+        return evaluate(self.model, self.data, self.runtime, tta, temperature)
 
     def run_epoch(self) -> tuple[Record, Evaluation | None]:
         """Trains one epoch and, if one is due, evaluates."""
@@ -2066,26 +2412,29 @@ class Training:
 class Picture(NamedTuple):
     """What the network is shown of a picture, or the `error` that says why it cannot be read."""
 
-    source: Any
+    name: Any
     letterbox: Tensor | None = None  # uint8 (3, 32, 32)
     squares: tuple[Tensor, ...] = ()  # uint8 (3, 40, 40); with TTA, if the picture is large enough
     error: str | None = None
 
 
-def load_picture(source: Any, tta: bool, flip: bool) -> Picture:
+def load_picture(numbered: tuple[int, Any], tta: bool, flip: bool) -> Picture:
+    """One of SOURCES, named by its path or else by its position among all."""
+    position, source = numbered
+    name = source if isinstance(source, str | os.PathLike) else position
     try:
         image = read_image(source)
     except UserError as error:
-        return Picture(source, error=str(error))
+        return Picture(name, error=str(error))
     squares = center_squares(image, flip) if tta else []
-    return Picture(source, to_pixels(photo_letterbox(image)), tuple(map(to_pixels, squares)))
+    return Picture(name, to_pixels(photo_letterbox(image)), tuple(map(to_pixels, squares)))
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The answer for one picture, or the `error` that says why it could not be read."""
 
-    image: Any
+    image: Any  # its path, or its position if it came as something else
     label: str | None = None
     confidence: float | None = None
     top: tuple[tuple[str, float], ...] = ()
@@ -2133,7 +2482,7 @@ class Predictor:
         if with_squares:
             squares = [torch.stack(pictures[row].squares) for row in with_squares]
             boxes = letterboxes(with_squares)[None]
-            found[with_squares] = self.probabilities(boxes, torch.stack(squares, 1))
+            found[with_squares] = self.probabilities(boxes, torch.stack(squares, 1))  # (2, N, ...)
         if letterbox_only:
             boxes = letterboxes(letterbox_only)
             boxes = shifted_views(boxes, self.saved.flip) if tta else boxes[None]
@@ -2152,7 +2501,7 @@ class Predictor:
         if top_k < 1:
             raise UserError(f"top_k must be at least 1: {top_k}")
         load = functools.partial(load_picture, tta=tta, flip=self.saved.flip)
-        names, remaining = self.saved.class_names, iter(sources)
+        names, remaining = self.saved.class_names, enumerate(sources)
         chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
         with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
             loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
@@ -2165,12 +2514,19 @@ class Predictor:
                 rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
                 for picture, values, indices in rows:
                     if picture.error:
-                        yield Prediction(picture.source, error=picture.error), picture
+                        yield Prediction(picture.name, error=picture.error), picture
                         continue
                     top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
                     label = names[indices[0]] if values[0] >= threshold else "unknown"
-                    found = label, values[0], top, None, milliseconds
-                    yield Prediction(picture.source, *found), picture
+                    answer = Prediction(picture.name, label, values[0], top)
+                    yield replace(answer, milliseconds=milliseconds), picture
+
+
+@functools.cache
+def prepare_for_forks() -> None:
+    """A forked process lacks OpenMP's threads and would wait for them: it uses one thread."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 _predictors: dict[tuple, Predictor] = {}  # the global cache; holds the most recent one only
@@ -2191,8 +2547,11 @@ def cached_model(
             target = pick_device(device)
             runtime = Runtime(target, *pick_amp_dtype(target, amp))
             saved = load_model(path)
-            example = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-            net, _ = accelerate(saved.model, runtime, compile, example)
+            prepare_for_forks()
+            box = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+            squares = torch.zeros(2, 3, SQUARE_SIZE, SQUARE_SIZE, dtype=torch.uint8)
+            boxes = shifted_views(box, saved.flip).flatten(0, 1)
+            net, _ = accelerate(saved.model, runtime, compile, box, squares, boxes)
             _predictors.clear()
             _predictors[key] = Predictor(net, saved, runtime)
         return _predictors[key]
@@ -2201,20 +2560,26 @@ def cached_model(
 def predict(
     images: Any,
     *,
-    model_path: str | Path = "cifar10_model.pth",
+    model_path: str | Path | None = None,
     top_k: int = 3,
     threshold: float = 0.0,
     tta: bool = True,
     device: str = "auto",
 ) -> list[Prediction]:
-    """Classify pictures: paths, bytes or PIL images (one, or any iterable of them).
+    """Classify pictures: one of SOURCES, or any iterable of them; TypeError for anything else.
 
-    The first call loads the model, and compiles it on CUDA; it is kept until `model_path` or its
-    file changes. Thread-safe. `label` is "unknown" below `threshold`. A picture that
-    cannot be read gets an `error` that says why; a bad model or device raises `UserError`.
+    `model_path` is cifar10_model.pth if there is one, else the included model. The first call loads
+    it, and compiles it on CUDA; it is kept until the path or its file changes. Thread-safe.
+    `label` is "unknown" below `threshold`. A picture that cannot be read gets an `error` that says
+    why; a bad model or device raises `UserError`.
     """
-    sources = [images] if isinstance(images, str | bytes | Path | Image.Image) else images
-    answers = cached_model(model_path, device).predict(sources, top_k, threshold, tta)
+    one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
+    one = one or hasattr(images, "read") or (isinstance(images, np.ndarray) and images.ndim < 4)
+    if not one and not isinstance(images, Iterable):
+        raise TypeError(f"a picture must be {SOURCES}, or an iterable of them; not {images!r:.60}")
+    sources = [images] if one else images
+    path = find_model(model_path, Config().model_file)
+    answers = cached_model(path, device).predict(sources, top_k, threshold, tta)
     return [answer for answer, _ in answers]
 
 
@@ -2243,6 +2608,20 @@ def served_model() -> Any:
 # --------------------------------------------------------------------------------------------------
 # Tracking: MLflow, or nothing. A failure is logged once and never stops the training.
 TRACKING_PATIENCE = 10.0  # seconds after which the remaining records wait for the next epoch
+# The user's own values win. Without the first three, each call to a dead server takes minutes;
+# stdout is reserved for results.
+MLFLOW_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+    "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": "8",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+UPLOAD_PATIENCE = "120"  # seconds for a file; other calls to a server get 8
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 METRIC_NAMES = {  # of results whose MLflow names are not derived from their keys
     "lr": "train/lr",
     "seconds": "time/epoch_s",
@@ -2283,15 +2662,19 @@ class MlflowTracker(Tracker):
     def __init__(self, config: Config, run_id: str | None, parent: Tracker | None) -> None:
         import mlflow
 
-        self.config, self.run_id, self.parent = config, run_id, parent
+        self.config, self.parent = config, parent
         self.mlflow: Any = mlflow
+        # A launcher (`mlflow run`, a job of Databricks) makes the run that it names, and ends it.
+        self.launched = None if parent else os.environ.get("MLFLOW_RUN_ID")
+        self.run_id = self.launched or run_id
         self.database: Path | None = None
         environment = os.environ.get("MLFLOW_TRACKING_URI")
         self.uri = config.tracking_uri or environment or "sqlite:///mlflow.db"
         if self.uri.startswith("sqlite:///"):  # the printed `mlflow ui` command must work anywhere
-            place = Path(self.uri.removeprefix("sqlite:///")).absolute().as_posix()
-            self.uri = f"sqlite:///{place}"
-            self.database = Path(urllib.parse.unquote(place.split("?")[0]))  # it may have options
+            place = self.uri.removeprefix("sqlite:///")
+            self.database = Path(urllib.parse.unquote(place.split("?")[0])).absolute()
+            if not re.search("[%?#]", str(Path.cwd())):  # signs that MLflow reads in two ways
+                self.uri = f"sqlite:///{Path(place).absolute().as_posix()}"
         mlflow.set_tracking_uri(self.uri)
         self.known_steps: set[int] = set()
         self.monitor: Any = None
@@ -2310,12 +2693,18 @@ class MlflowTracker(Tracker):
         except Exception as error:  # tracking must never end a training
             if not self.warned:
                 problem = f"cannot log to MLflow at {self.uri}: {first_line(error)}"
+                if re.match("file:|[^:]*$", self.uri) and self.uri != "databricks":
+                    reason = "it no longer logs to folders; use --tracking-uri sqlite:///mlflow.db"
+                    problem = f"cannot log to MLflow at {self.uri}: {reason}"
                 log(f"{problem}; continuing, each epoch tries again")
             self.warned = True
 
     def send_pending(self) -> None:
         """Sends what is pending. A stop meanwhile could double a record or break a new database."""
         deadline = time.monotonic() + TRACKING_PATIENCE
+        server = urllib.parse.urlsplit(self.uri)
+        if port := DATABASE_PORTS.get(server.scheme.split("+")[0]):  # if down, MLflow waits 100 s
+            socket.create_connection((server.hostname or "", server.port or port), 5).close()
         if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
             with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
@@ -2346,12 +2735,17 @@ class MlflowTracker(Tracker):
         if self.config.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+            if torch.cuda.is_available() and not importlib.util.find_spec("pynvml"):
+                log("--system-metrics shows no GPU: pip install nvidia-ml-py")
             self.monitor = SystemMetricsMonitor(self.run_id, 2, resume_logging=True)
             self.monitor.start()
 
     def find_experiment(self) -> str:
         """The experiment's id; restored if it was deleted, created if it is missing."""
         asked = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        launched = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if launched and not asked:
+            return launched
         name, location = asked or self.config.data_name, None
         if found := self.client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":
@@ -2447,7 +2841,8 @@ class MlflowTracker(Tracker):
 
     def store_metrics(self, when: int, values: dict[str, float], step: int) -> None:
         if step not in self.known_steps:
-            self.mlflow.log_metrics(values, step, run_id=self.run_id, timestamp=when)
+            # Synchronous, whatever MLFLOW_ENABLE_ASYNC_LOGGING says, to notice failures.
+            self.mlflow.log_metrics(values, step, True, run_id=self.run_id, timestamp=when)
 
     def log_outcome(self, text: str, files: Files) -> None:
         """Called once, after the work: the result as text, files and the model."""
@@ -2459,13 +2854,18 @@ class MlflowTracker(Tracker):
         client, key, headline = self.client, "mlflow.note.content", text.split("\n")[0]
         if client.get_run(self.run_id).data.tags.get(key, "").startswith(headline):
             return  # stored before an interruption
+        patience = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+        if patience == MLFLOW_DEFAULTS["MLFLOW_HTTP_REQUEST_TIMEOUT"]:  # the user's own value stays
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = UPLOAD_PATIENCE
         ways = {".png": client.log_figure, ".json": client.log_table, ".md": client.log_text}
         for name, make in files.items():
             try:
                 store = ways.get(Path(name).suffix, self.log_model)
                 store(self.run_id, make(), name)
             except Exception as error:  # tracking must never end a training
-                log(f"MLflow did not store {name}: {first_line(error)}")
+                way = "a higher MLFLOW_HTTP_REQUEST_TIMEOUT allows more time"
+                log(f"MLflow did not store {name}: {first_line(error)}; {way}")
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = patience
         client.set_tag(self.run_id, key, text)
 
     def log_model(self, _run_id: str, path: Path, _name: str) -> None:
@@ -2482,6 +2882,8 @@ class MlflowTracker(Tracker):
                 input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
                 pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in packages],
             )
+        if self.launched:  # leaving the `with` has ended it
+            self.client.update_run(self.run_id, "RUNNING")
         serve = f"mlflow models serve --env-manager local --port 5001 -m {stored.model_uri}"
         log(f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} {serve}")
 
@@ -2490,8 +2892,8 @@ class MlflowTracker(Tracker):
         if self.pending:
             way = "; --resume sends them again" if self.config.resumable and not self.parent else ""
             log(f"MLflow did not take {len(self.pending)} records{way}")
-        if self.pending or self.parent:  # the parent prints the link
-            return
+        if self.pending or self.parent or self.uri.startswith("databricks"):
+            return  # the parent prints the link; Databricks shows its own pages
         server, mode = self.uri, self.config.mode
         if not re.match("https?://", server):
             log(f"to compare runs, start: mlflow ui --backend-store-uri {shlex.quote(server)}")
@@ -2502,7 +2904,8 @@ class MlflowTracker(Tracker):
     def store_status(self, when: int, status: str) -> None:
         if self.monitor:
             self.monitor.finish()
-        self.client.set_terminated(self.run_id, status, when)
+        if not self.launched:
+            self.client.set_terminated(self.run_id, status, when)
 
 
 @contextlib.contextmanager
@@ -2515,22 +2918,17 @@ def open_tracker(
     """
     tracker = Tracker()
     if config.mlflow and not runtime.rank and type(parent) is not Tracker:
-        # The user's own values win. Without the first two, each call to a dead server takes 245 s;
-        # stdout is reserved for results.
-        defaults = {
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
-            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "GIT_PYTHON_REFRESH": "quiet",
-            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        }
-        os.environ.update(defaults | os.environ)
+        os.environ.update(MLFLOW_DEFAULTS | os.environ)
+        try:
+            Path.home()
+        except (RuntimeError, KeyError):  # in a container, for a user without a name
+            os.environ["HOME"] = tempfile.gettempdir()
         try:
             tracker = MlflowTracker(config, run_id, parent)
-        except Exception as error:  # importing it can fail in many ways
+        except ImportError as error:
             log(f"cannot import MLflow ({first_line(error)}): pip install mlflow, or --no-mlflow")
+        except Exception as error:  # its import can fail in many ways
+            log(f"MLflow does not start here, so nothing is logged: {first_line(error)}")
     status = "FAILED"
     try:
         yield tracker
@@ -2548,6 +2946,12 @@ ANNOUNCEMENT = (
     "{run_train_images} training images, effective batch {run_effective_batch}, {run_num_workers} "
     "workers, {run_device} with {run_threads} threads\n{run_amp_dtype} ({run_amp_reason}), "
     "compiled: {run_compile} ({run_compile_reason})"
+)
+LONG_TRAINING = 600.0  # seconds
+SHORT_WORK = 4.5  # of the short recipe, in epochs of the default
+SHORT_RECIPE = (
+    "python classifier.py --mode train --epochs 8 --width 56 --start-size 20 --shift 2 --cutout 0 "
+    "--letterbox-share 0"
 )
 EPOCH_HEADING = (
     "epoch  train loss  train acc  {0:>7} loss  {0:>7} acc        lr  seconds    img/s  wait s  "
@@ -2576,6 +2980,19 @@ def epoch_row(config: Config, part: str, record: Record, seconds: float) -> str:
         "{epoch:5d}  {train_loss:10.4f}  {train_accuracy:9.2%}  {evaluated}  {lr:8.2g}  "
         "{seconds:7.1f}  {images_per_second:7.0f}  {data_wait_seconds:6.2f}  {left}"
     ).format(**record, evaluated=evaluated, left=left)
+
+
+def tell_duration(training: Training, seconds: float) -> None:
+    """Logs how long a long training will take, from the `seconds` of a batch, and the short way."""
+    config, batches = training.config, len(training.sampler)
+    areas = [config.image_size(epoch / config.epochs) ** 2 for epoch in range(config.epochs)]
+    whole = seconds * batches * sum(areas) / areas[0]
+    if whole < LONG_TRAINING:
+        return
+    log(f"this takes about {duration(whole)} here; an interrupted training goes on with --resume")
+    if training.data.name == DATASETS[0] and not (config.width or config.depth):
+        short = seconds * batches * SHORT_WORK * IMAGE_SIZE**2 / areas[0]
+        log(f"for 94.0% in about {duration(short)}: {SHORT_RECIPE}")
 
 
 def save_trained(training: Training, temperature: float, result: Record) -> Path:
@@ -2621,6 +3038,7 @@ def train_seed(
     began, name, history = time.perf_counter(), data.evaluation_name, cast(list[Record], [])
     keep = keep and runtime.rank == 0
     training, resume = Training(config, data, runtime), ResumeFile(config, data, runtime)
+    training.tell_speed = functools.partial(tell_duration, training)
     saved, found, path = None, None, None
     if config.resume:
         saved = runtime.from_main(resume.load() if runtime.rank == 0 else None)
@@ -2648,8 +3066,8 @@ def train_seed(
             history.append(record)
             row = epoch_row(config, name, record, time.perf_counter() - started)
             emit({"event": "epoch"} | record, row, config, runtime)
-            memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
-            tracker.log_metrics(record | memory, training.epoch)
+            record = record | {"memory/so_far_mb": runtime.peak_memory_mb()}
+            tracker.log_metrics(record, training.epoch)
         found = found or training.evaluate()  # resumed after the last epoch
         final = final_figures(training, found, history)
         final["total_seconds"] = time.perf_counter() - began
@@ -2700,6 +3118,9 @@ def run_train(config: Config, runtime: Runtime) -> int:
     """Train one seed or several; 1 if the model could not be saved where it should be."""
     log(command_line())
     path, start = config.model_file, config.init_from
+    per_update = config.batch_size * config.accumulate_grad_steps * runtime.world_size
+    if per_update > TRIED_BATCH and not config.lr:
+        log(f"rates were tried up to {TRIED_BATCH} images per update: try a lower --lr")
     if config.repeats > 1 and start and Path(start).resolve() == path.resolve():
         raise UserError(f"--init-from {start}: the first model would replace it; use --model-path")
     with reserve_model_path(path) if runtime.rank == 0 else contextlib.nullcontext():
@@ -2714,6 +3135,7 @@ def run_train(config: Config, runtime: Runtime) -> int:
 def run_evaluate(config: Config, runtime: Runtime) -> int:
     """Accuracy (also per class), loss and calibration of a saved model on the evaluation images."""
     log(command_line())
+    config = replace(config, model_path=str(find_model(config.model_path, config.model_file)))
     saved = load_model(config.model_file)
     config = saved.as_trained(config)
     dtype, reason = pick_amp_dtype(runtime.device, config.amp)
@@ -2745,13 +3167,24 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     return 0
 
 
+def paths_on_stdin() -> Iterator[list[str]]:
+    """The lines on stdin, in lists of those that have arrived: a slow producer gets its answers."""
+    rest, first = b"", True
+    while block := cast(io.BufferedReader, sys.stdin.buffer).read1(2**16):
+        if b"\0" in block:
+            raise UserError("--image -: stdin must hold paths, one a line; this is something else")
+        *lines, rest = (rest + block.removeprefix(codecs.BOM_UTF8 if first else b"")).split(b"\n")
+        first = False
+        yield [os.fsdecode(line.rstrip(b"\r")) for line in lines]
+    yield [os.fsdecode(rest)]
+
+
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
-    """Paths of pictures: files, pictures in folders, glob matches; `-` reads paths from stdin."""
+    """Paths of pictures: files, pictures in folders, glob matches."""
     for pattern in patterns:
-        if pattern == "-":
-            lines = (line.rstrip("\r\n") for line in sys.stdin)
-            yield from find_images(line for line in lines if line not in ("", "-"))
-        elif os.path.isdir(pattern):
+        if pattern in ("", "-"):
+            continue
+        if os.path.isdir(pattern):
             yield from pictures_below(pattern) or [os.path.join(pattern, "*")]  # no such picture
         elif os.path.exists(pattern):
             yield pattern  # also names with [brackets]
@@ -2763,21 +3196,27 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
 
 def run_predict(config: Config, runtime: Runtime) -> int:
     """Classify the pictures that --image names; 1 if any of them could not be read."""
-    count, failures, total, folder = 0, 0, None, None
+    count, failures, folder = 0, 0, None
     compile = bool(config.compile)  # `auto` is off: not worth it for one run
-    predictor = cached_model(config.model_file, str(runtime.device), config.amp, compile)
+    path = find_model(config.model_path, config.model_file)
+    predictor = cached_model(path, str(runtime.device), config.amp, compile)
+    if config.threshold and "unknown" in predictor.saved.class_names:
+        log(
+            "the class unknown and the answer unknown, below --threshold, differ by confidence only"
+        )
     if config.save_inputs:
         folder = Path(config.save_inputs)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--save-inputs {folder}: {error.strerror}") from None
-    images: Any = find_images(config.image)
-    if "-" not in config.image:
-        images = list(images)
-        total = len(images)
-    started = time.perf_counter()
-    answers: Any = predictor.predict(images, config.top_k, config.threshold, config.tta)
+    images, started = list(find_images(config.image)), time.perf_counter()
+    asked = config.top_k, config.threshold, config.tta
+    total: int | None = len(images)
+    answers: Any = predictor.predict(images, *asked)
+    if "-" in config.image:
+        more = (predictor.predict(find_images(lines), *asked) for lines in paths_on_stdin())
+        answers, total = itertools.chain(answers, itertools.chain.from_iterable(more)), None
     if not (config.json or sys.stdout.isatty()):  # else the answers on the terminal show it
         answers = progress(answers, "pictures", total)
     for count, (answer, picture) in enumerate(answers, 1):
@@ -2839,8 +3278,8 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
     for _ in range(rounds + 1):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
 
@@ -3021,12 +3460,27 @@ class Benchmark:
             saved = SavedModel(model, data.class_names, data.name, data.flip, 1.0, {}, "")
             ((answer, _),) = Predictor(net, saved, runtime).predict([picture], tta=False)
             self.check("predict", (expected[0].max() - cast(float, answer.confidence)).abs(), 1e-4)
-            if config.compile is False:
-                return
-            compiled, report = accelerate(copy.deepcopy(model), runtime, True, images)
-            if report.active:
-                difference = (compiled(images) - logits).abs().max() / logits.abs().max()
-                self.check("compiled", difference, 1e-4)
+        if config.compile is not False:
+            self.check_compiled(model.train(), images, labels)
+
+    def check_compiled(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Compares compiled gradients with plain ones, at every size of a growing schedule."""
+        schedule = replace(self.config, start_size=min(20, self.config.start_size))
+        sizes = sorted({schedule.image_size(tenths / 10) for tenths in range(10)})
+        runtime = replace(self.runtime, amp_dtype=None)
+        examples, differences = [shrink(images, size) for size in sizes], []
+        compiled, report = accelerate(copy.deepcopy(model), runtime, True, *examples)
+        if not report.active:
+            return
+        for example in examples:
+            found = []
+            for net in (model, compiled):
+                net.zero_grad()
+                F.cross_entropy(net(example), labels).backward()
+                gradients = [each.grad for each in net.parameters() if each.grad is not None]
+                found.append(torch.cat([each.flatten() for each in gradients]))
+            differences.append((found[0] - found[1]).norm() / found[0].norm())
+        self.check("compiled", torch.stack(differences).max(), 1e-2)
 
     def table(self) -> str:
         """Markdown, ready to paste: a row per configuration, a column per measure, conditions."""
@@ -3108,11 +3562,11 @@ def explain(error: Exception, config: Config) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the mode given on the command line; returns the exit code."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed, as by 2>&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # paths may be invalid text, LANG may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
     sys.argv[1:] = sys.argv[1:] if argv is None else argv  # which `command_line` shows
     config = parse_config(argv)
     warnings.filterwarnings("ignore", module="PIL")  # real problems are raised as errors

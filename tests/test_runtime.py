@@ -40,7 +40,23 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
-def test_auto_device(two_gpus):
+@pytest.mark.parametrize(
+    "built,capability,works",
+    [
+        (["sm_80", "sm_90"], (8, 6), True),  # of the same major number
+        (["sm_75", "sm_80"], (6, 1), False),  # too old
+        (["sm_80", "compute_80"], (12, 0), True),  # portable code
+        (["sm_80", "sm_90a"], (12, 0), False),
+    ],
+)
+def test_a_gpu_that_torch_was_not_built_for(two_gpus, monkeypatch, built, capability, works):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert pick_device("auto").type == ("cuda" if works else "cpu")
+
+
+def test_auto_device(two_gpus, monkeypatch):
+    monkeypatch.setattr(classifier, "supports_gpu", lambda: True)
     assert pick_device("auto", local_rank=1) == torch.device("cuda", 1)
     assert pick_device("cuda:1", local_rank=0) == torch.device("cuda", 1)
     assert pick_device("cpu") == CPU
@@ -83,6 +99,7 @@ def test_no_process_waits_for_one_that_failed(two_gpus, monkeypatch, fails):
     monkeypatch.setattr(classifier.dist, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(classifier, "supports_gpu", lambda: True)
     with contextlib.suppress(KeyError), open_runtime(Config()) as runtime:
         assert (runtime.rank, runtime.world_size) == (1, 2)
         if fails:

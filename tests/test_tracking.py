@@ -122,7 +122,7 @@ def test_every_setting_and_every_fact_is_a_parameter(logged):
     loading = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "non_blocking"}
     speed = {"amp_dtype", "amp_reason", "compile", "compile_reason", "memory_format"}
     work = {"effective_batch", "peak_lr", "flip"}
-    work |= {"dataset", "train_images", "data_loading"}
+    work |= {"dataset", "train_images", "data_loading", "width", "depth"}
     machine = {"device", "threads", "world_size", "backend"}
     assert facts == {f"run_{name}" for name in loading | speed | work | machine}
     assert params["run_effective_batch"] == "32" and params["run_num_workers"] == "0"

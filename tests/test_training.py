@@ -320,6 +320,8 @@ def fake_cuda(monkeypatch):
     What needs values or a real device is put in its place: the random generators, the numbers that
     augmentation draws on the CPU, backward and the sums of an epoch.
     """
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("its fake tensors ask for a driver")
     draw = np.random.default_rng(0)
     device_randint = torch.randint
 
