@@ -24,7 +24,6 @@ FOREIGN = {
     "--env-manager",
     "--port",
     "--help",
-    "--index-url",
     "--nproc-per-node",
     "--nnodes",
     "--max-restarts",
