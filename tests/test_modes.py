@@ -624,3 +624,14 @@ def test_one_epoch_on_the_real_images(cli, real_cifar):
     flags = ["--epochs", 1, "--limit-images", 12800, "--json", "--no-mlflow"]
     done = cli("--mode", "train", "--data-dir", real_cifar, *flags)
     assert done.returncode == 0 and rows(done.stdout)[-1]["test_accuracy"] > 0.4
+
+
+@pytest.mark.parametrize("seconds,told", [(0.2, True), (0.001, False)])
+def test_a_long_training_tells_how_long_it_will_take(capsys, seconds, told):
+    """Two of ten epochs are done, with 391 batches each, of which one takes so many seconds."""
+    config = classifier.parse_config(["--epochs", "10"])
+    data = SimpleNamespace(name="cifar10")
+    training = SimpleNamespace(config=config, sampler=range(391), epoch=2, data=data)
+    classifier.tell_duration(training, seconds)
+    err = capsys.readouterr().err
+    assert ("this takes about 0:10:26 here" in err) == told == ("in about 0:07:02" in err)
