@@ -1,5 +1,6 @@
 """The network: uint8 pixels in, logits out, and what augmentation and TTA make of the pixels."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from classifier import (
+    AUGMENTATIONS,
     CifarNet,
     Config,
     ConvBlock,
@@ -22,13 +24,14 @@ from classifier import (
     load_data,
     move_pixels,
     pixel_statistics,
+    resample,
+    resize,
     shifted_views,
-    shrink,
     view_logits,
 )
 
 # Augmentation that changes nothing.
-PLAIN = Config(shift=0, flip=False, cutout=0, letterbox_share=0.0)
+PLAIN = Config(shift=0, flip=False, cutout=0, letterbox_share=0.0, resample_share=0.0)
 
 
 def random_images(count, channels=3):
@@ -55,7 +58,7 @@ def model(images):
 
 def test_shapes_and_dtypes(model, images):
     for size in (18, 20, 26, 32, 40):
-        logits = model(shrink(images, size))
+        logits = model(resize(images, size))
         assert logits.shape == (40, 7) and logits.dtype == torch.float32
 
 
@@ -149,7 +152,7 @@ def test_groups_hold_each_trained_parameter_once(model):
 @given(st.integers(-8, 8), st.integers(-8, 8), st.booleans())
 def test_moved_pixels_equal_reflected_padding(down, right, flip):
     image = random_images(1)
-    moved = move_pixels(image, torch.tensor([down]), torch.tensor([right]), torch.tensor([flip]))
+    moved = move_pixels(image, torch.tensor([[down], [right]]), torch.tensor([flip]))
     flipped = image[0].numpy()[:, :, :: -1 if flip else 1]
     padded = np.pad(flipped, ((0, 0), (8, 8), (8, 8)), mode="reflect")
     expected = padded[:, 8 - down : 40 - down, 8 - right : 40 - right]
@@ -160,13 +163,13 @@ def augmented(images, epoch, seed=0, size=32, **changes):
     config = replace(PLAIN, **changes)
     flips = alternate_flip(torch.arange(len(images)), epoch) & config.flip
     generators = epoch_generator(seed, epoch), epoch_generator(seed, epoch, 1)
-    return augment(images, flips, size, generators, config)
+    return augment(images, flips, size, generators, config.augmentation)
 
 
 def test_augment_changes_nothing_where_all_is_off(images):
     before = images.clone()
     assert torch.equal(augmented(images, 3), before)
-    augmented(images, 3, flip=True, shift=3, cutout=8, letterbox_share=0.5)
+    augmented(images, 3, flip=True, shift=3, cutout=8, letterbox_share=0.5, resample_share=0.5)
     assert torch.equal(images, before)  # it works on copies
 
 
@@ -177,7 +180,9 @@ def test_each_image_is_flipped_in_every_other_epoch(images):
     assert 10 < flipped[0].sum() < 30
 
 
-@pytest.mark.parametrize("changes", [{"shift": 2}, {"cutout": 8}, {"letterbox_share": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{"shift": 2}, {"cutout": 8}, {"letterbox_share": 0.5}, {"resample_share": 0.5}]
+)
 def test_augment_repeats_itself_and_differs_by_epoch_and_seed(images, changes):
     shown = augmented(images, 3, **changes)
     assert torch.equal(shown, augmented(images, 3, **changes)) and not torch.equal(shown, images)
@@ -185,10 +190,25 @@ def test_augment_repeats_itself_and_differs_by_epoch_and_seed(images, changes):
     assert not torch.equal(shown, augmented(images, 3, seed=1, **changes))
 
 
+def test_longer_trainings_get_harder_images():
+    shown = [Config(epochs=epochs).augmentation for epochs in (1, 8, 11, 12, 20, 34, 35, 100)]
+    few, usual, many = AUGMENTATIONS.values()
+    assert shown == [few] * 3 + [usual] * 3 + [many] * 2
+    assert usual == (32, 3, 8, 0.2, 0.0)
+    for easier, harder in itertools.pairwise((few, usual, many)):
+        assert all(a <= b for a, b in zip(easier, harder, strict=True)) and easier != harder
+
+
+def test_a_flag_overrides_what_follows_the_epochs():
+    asked = Config(epochs=8, shift=5, letterbox_share=0.5).augmentation
+    assert asked == AUGMENTATIONS[1]._replace(shift=5, letterbox_share=0.5)
+    assert Config(epochs=40, cutout=0).augmentation.cutout == 0  # 0 is a value, too
+
+
 def test_shifts_reach_every_offset_and_no_further(images):
     moves = {
         (down, right): move_pixels(
-            images, *torch.tensor([[down], [right]]).expand(2, 40), torch.zeros(40).bool()
+            images, torch.tensor([[down], [right]]).expand(2, 40), torch.zeros(40).bool()
         )
         for down in range(-2, 3)
         for right in range(-2, 3)
@@ -201,13 +221,13 @@ def test_shifts_reach_every_offset_and_no_further(images):
     assert seen == {(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)}
 
 
-def test_shrink_against_pillow():
+def test_resize_against_pillow():
     image = random_images(1)
     picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     expected = np.asarray(picture.resize((20, 20), Image.Resampling.BILINEAR)).astype(int)
-    ours = shrink(image, 20)[0].permute(1, 2, 0).numpy()
+    ours = resize(image, 20)[0].permute(1, 2, 0).numpy()
     assert np.abs(ours - expected).max() <= 1  # Pillow rounds
-    assert shrink(image, 32) is image
+    assert resize(image, 32) is image
 
 
 def test_cutout_is_one_gray_square_in_each_image():
@@ -218,6 +238,32 @@ def test_cutout_is_one_gray_square_in_each_image():
     assert torch.equal(gray[:, 0].sum((1, 2)), rows * columns)  # filled rectangles
     assert {*rows.tolist(), *columns.tolist()} == {8}  # wholly inside
     assert gray[:, 0].any(0).all()  # everywhere sooner or later
+
+
+def test_resampled_images_are_scaled_about_their_middle():
+    ramp = (torch.arange(32) * 8).clamp(32, 216).to(torch.uint8).expand(40, 3, 32, 32)
+    slopes = set()
+    for seed in range(200):
+        shown = resample(ramp, 0.5, epoch_generator(seed, 0))
+        assert torch.equal(shown[:20], ramp[:20])
+        for group in (shown[20:30], shown[30:]):
+            assert len(group.unique(dim=0)) == 1  # one scale and sharpness a group
+            row = group[0, 0, 16].float()
+            slopes.add(round(float(row[19] - row[12]) / 7, 1))
+            assert abs(float(row[15] + row[16]) / 2 - 124) <= 8  # half a pixel of the enlarged
+    assert min(slopes) == pytest.approx(8 / 1.31, abs=0.2)
+    assert max(slopes) == pytest.approx(8 / 0.59, abs=0.3)
+
+
+def test_resampled_images_are_softened_or_sharpened():
+    checks = (torch.arange(32) % 4 // 2 * 64 + 96).to(torch.uint8).expand(8, 3, 32, 32)
+    contrasts = {
+        float(shown.std())
+        for seed in range(300)
+        for shown in resample(checks, 1.0, epoch_generator(seed, 0)).float().split(4)
+    }
+    usual = float(checks.float().std())
+    assert min(contrasts) < 0.5 * usual and max(contrasts) > 1.3 * usual
 
 
 def test_images_between_bars_look_like_letterboxed_pictures():

@@ -170,7 +170,7 @@ def test_time_left_counts_evaluations(capsys, monkeypatch):
 
     monkeypatch.setattr(classifier.time, "perf_counter", lambda: clock() + sum(late))
     monkeypatch.setattr(classifier, "evaluate", slow)
-    _, out, _ = run(capsys, "--mode", "train", *LITTLE)
+    _, out, _ = run(capsys, "--mode", "train", *LITTLE, "--start-size", 32)
     assert "0:16:40" <= out.splitlines()[1].split()[-1] < "0:18:00"
 
 
@@ -628,10 +628,10 @@ def test_one_epoch_on_the_real_images(cli, real_cifar):
 
 @pytest.mark.parametrize("seconds,told", [(0.2, True), (0.001, False)])
 def test_a_long_training_tells_how_long_it_will_take(capsys, seconds, told):
-    """Two of ten epochs are done, with 391 batches each, of which one takes so many seconds."""
-    config = classifier.parse_config(["--epochs", "10"])
+    """Two of 20 epochs are done, with 391 batches each, of which one takes so many seconds."""
+    config = classifier.Config()
     data = SimpleNamespace(name="cifar10")
     training = SimpleNamespace(config=config, sampler=range(391), epoch=2, data=data)
     classifier.tell_duration(training, seconds)
     err = capsys.readouterr().err
-    assert ("this takes about 0:10:26 here" in err) == told == ("in about 0:07:02" in err)
+    assert ("this takes about 0:23:28 here" in err) == told == ("about 0:07:09 for 94.0%" in err)

@@ -36,7 +36,7 @@ from conftest import (
 )
 
 import classifier
-from classifier import Config, MlflowTracker, open_tracker
+from classifier import Augmentation, Config, MlflowTracker, open_tracker
 
 SMALL = [*LOGGED, "--limit-images", "128"]
 RECORDS = 7  # of `log_something` and of a training of two epochs
@@ -123,10 +123,12 @@ def test_every_setting_and_every_fact_is_a_parameter(logged):
     speed = {"amp_dtype", "amp_reason", "compile", "compile_reason", "memory_format"}
     work = {"effective_batch", "peak_lr", "flip"}
     work |= {"dataset", "train_images", "data_loading", "width", "depth"}
+    work |= set(Augmentation._fields)
     machine = {"device", "threads", "world_size", "backend"}
     assert facts == {f"run_{name}" for name in loading | speed | work | machine}
     assert params["run_effective_batch"] == "32" and params["run_num_workers"] == "0"
     assert params["run_flip"] == "False" and float(params["run_peak_lr"]) == 0.0192 / 4
+    assert params["shift"] == "auto" and params["run_shift"] == "2"  # two epochs
 
 
 def test_metrics_of_epochs_have_steps_and_final_ones_none(logged):

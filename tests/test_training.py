@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, run, same, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import classifier
 from classifier import (
@@ -21,6 +22,7 @@ from classifier import (
     Training,
     UserError,
     accumulation_windows,
+    augment,
     epoch_generator,
     evaluate,
     orthogonalize,
@@ -32,7 +34,7 @@ from classifier import (
 
 # Of four classes; without augmentation, and all updates at about the peak rate.
 RECIPE = Config(width=4, batch_size=16, num_workers=0, epochs=1000)
-PLAIN = replace(RECIPE, shift=0, cutout=0, letterbox_share=0.0)
+PLAIN = replace(RECIPE, shift=0, cutout=0, letterbox_share=0.0, resample_share=0.0)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -123,6 +125,8 @@ def test_rates_fall_straight_from_the_peak(split, cpu):
         [],
     )
     for _ in range(4):
+        for weight in training.model.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         training.update()
         seen.append([group["lr"] for group in training.optimizer.param_groups])
     peaks = [0.0192, 937.5 * 0.0192, 73 * 0.0192]
@@ -183,11 +187,76 @@ def test_muon_is_nesterov_sgd_where_it_does_not_orthogonalize():
 
 def test_muon_keeps_filters_on_their_sphere():
     weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
-    group = {"params": [weight], "lr": 0.0, "momentum": 0.9, "weight_decay": 0.0}
+    group = {"params": [weight], "lr": 0.0, "momentum": 0.9}
     optimizer = Muon([group], {})
     weight.sum().backward()
     optimizer.step()
     assert weight.norm().item() == pytest.approx(2, rel=1e-5)  # the root of four filters
+
+
+def by_the_book(weight, velocity, gradient, group):
+    """One update of Muon as Jordan's post writes it, in float64, one weight at a time."""
+    velocity = group["momentum"] * velocity + gradient
+    update = gradient + group["momentum"] * velocity
+    if weight.ndim == 4:
+        weight = weight * len(weight) ** 0.5 / weight.norm()
+        x = update.flatten(1) / update.norm()
+        for _ in range(3):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        update = x.view_as(weight)
+    else:
+        weight = weight * (1 - group["lr"] * group["weight_decay"])
+    return weight - group["lr"] * update, velocity
+
+
+def test_updates_equal_muon_by_the_book():
+    torch.manual_seed(0)
+    model = CifarNet(4, 7, pixel_statistics(torch.randint(0, 256, (50, 3, 32, 32)).byte()))
+    optimizer = Muon.for_model(model, RECIPE, REFERENCE_BATCH)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"]
+    weights = [(each, group) for group in optimizer.param_groups for each in group["params"]]
+    expected = [(each.detach().double(), torch.zeros_like(each).double()) for each, _ in weights]
+    for _ in range(3):
+        gradients = [torch.randn_like(each).double() for each, _ in weights]
+        for (weight, _), gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.float()
+        optimizer.step()
+        parts = zip(expected, gradients, weights, strict=True)
+        expected = [by_the_book(*state, grad, group) for state, grad, (_, group) in parts]
+    for (weight, _), (right, _) in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.detach().double(), right, rtol=1e-4, atol=1e-5)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what a GPU would launch at least: all operations but views and profiling."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or function.namespace == "profiler")
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_update_needs_few_launches():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 32, 32)).byte()
+    model = CifarNet(4, 7, pixel_statistics(images)).to(memory_format=torch.channels_last)
+    optimizer = Muon.for_model(model, RECIPE, REFERENCE_BATCH)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"]
+    model(images).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step()  # the first makes the velocities
+        with CountOperations() as operations:
+            optimizer.step()
+    assert operations.count <= 150
+    flips, generators = torch.arange(8) > 3, (epoch_generator(0, 0), epoch_generator(0, 0))
+    for size in (20, 32):
+        with CountOperations() as operations:
+            augment(images, flips, size, generators, Config().augmentation)
+        assert operations.count <= 45
 
 
 # --- The schedule of sizes ------------------------------------------------------------------------
