@@ -275,8 +275,8 @@ def test_many_cpus_start_few_decoders(trained, tmp_path, monkeypatch):
     for cpus in (64, 2):
         monkeypatch.setattr(classifier, "usable_cpus", lambda cpus=cpus: cpus)
         predict([tmp_path / "a.png"], model_path=trained)
-        black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-        assert not classifier.letterbox_all([str(tmp_path / "a.png")], [0], black)
+        _, errors = classifier.read_pictures([str(tmp_path / "a.png")], tmp_path / "none", False)
+        assert not errors
     assert asked == [classifier.DECODERS, classifier.DECODERS, 2, 2]
 
 
