@@ -125,15 +125,14 @@ class Augmentation(NamedTuple):
     shift: int
     cutout: int
     letterbox_share: float
-    resample_share: float
 
 
 # What `auto` is, by the number of epochs from which it is used. A short training does best on small
 # and easy images; a long one needs harder ones, or it learns them by heart.
 AUGMENTATIONS = {
-    1: Augmentation(20, 2, 0, 0.0, 0.0),
-    12: Augmentation(IMAGE_SIZE, 3, 8, 0.2, 0.0),
-    35: Augmentation(IMAGE_SIZE, 4, 12, 0.2, 0.25),
+    1: Augmentation(20, 2, 0, 0.0),
+    12: Augmentation(IMAGE_SIZE, 3, 8, 0.2),
+    35: Augmentation(IMAGE_SIZE, 4, 12, 0.2),
 }
 
 
@@ -145,7 +144,9 @@ class Config:
     model_path: str | None = in_all(None, "model file (auto: <dataset>_model.pth)", path=True)
     device: str = in_all("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
     amp: bool | None = in_all(None, "mixed precision (auto: on where it is fast)", "amp", False)
-    compile: bool | None = in_all(None, "torch.compile (auto: to train on CUDA)", "compile", False)
+    compile: bool | None = in_all(
+        None, "torch.compile (auto: long trainings on CUDA)", "compile", False
+    )
     json: bool = in_all(False, "JSON Lines on stdout; human-readable text on stderr")
 
     epochs: int = in_training(20, "passes over the training images", "e", least=1)
@@ -236,7 +237,7 @@ class Config:
     weight_decay: float = in_recipe(1.7e-3, "only of head and biases", "wd", least=0.0, most=1.0)
     label_smoothing: float = in_recipe(0.2, "spread over all classes", "ls", least=0.0, most=0.9)
     flip: bool | None = in_recipe(None, "flip images, also in TTA (auto: off for digits)", "flip")
-    # `auto` is in AUGMENTATIONS.
+    # What `auto` is for these stands in AUGMENTATIONS.
     start_size: int | None = in_recipe(
         None, "first image size, later 32 (auto: follows --epochs)", "px", least=18, most=32
     )
@@ -248,13 +249,6 @@ class Config:
     )
     letterbox_share: float | None = in_recipe(
         None, "share put between gray bars (auto: follows --epochs)", "box", least=0.0, most=1.0
-    )
-    resample_share: float | None = in_recipe(
-        None,
-        "share rescaled, softened or sharpened (auto: follows --epochs)",
-        "rs",
-        least=0.0,
-        most=1.0,
     )
 
     @property
@@ -1675,28 +1669,6 @@ def add_bars(images: Tensor, share: float, host: torch.Generator) -> Tensor:
     return images
 
 
-def resample(images: Tensor, share: float, host: torch.Generator) -> Tensor:
-    """Uint8 images (N, 3, 32, 32), the last `share` of them in another scale and sharpness.
-
-    Photos have the one and the other. Two groups, each resized to 0.6 to 1.3 of its size, reflected
-    or cropped to 32 pixels, and softened or sharpened: the share `amount` of the difference from a
-    3x3 mean is taken away or added.
-    """
-    count = int(share * len(images))
-    if count < 2:
-        return images
-    images = images.clone()
-    for part in images[-count:].chunk(2):  # views of `images`
-        size = int(torch.randint(19, 43, (), generator=host))
-        amount = 1.6 * float(torch.rand((), generator=host)) - 0.8
-        before = (IMAGE_SIZE - size) // 2  # below 0 it crops
-        margins = before, IMAGE_SIZE - size - before
-        resized = F.pad(resize(part, size).float(), margins * 2, mode="reflect")
-        mean = F.avg_pool2d(resized, 3, 1, padding=1, count_include_pad=False)
-        part.copy_(resized.lerp(mean, amount).clamp(0, 255).round())
-    return images
-
-
 def augment(
     images: Tensor, flips: Tensor, size: int, generators: Iterable, chosen: Augmentation
 ) -> Tensor:
@@ -1709,7 +1681,6 @@ def augment(
         images = cut_out(images, chosen.cutout, generator)
     images = shift_and_flip(images, chosen.shift, flips, generator)
     images = add_bars(images, chosen.letterbox_share, host)
-    images = resample(images, chosen.resample_share, host)
     return resize(images, size)
 
 
@@ -3002,8 +2973,7 @@ ANNOUNCEMENT = (
     "{run_train_images} training images, effective batch {run_effective_batch}, {run_num_workers} "
     "workers, {run_device} with {run_threads} threads\n{run_amp_dtype} ({run_amp_reason}), "
     "compiled: {run_compile} ({run_compile_reason})\nfirst image size {run_start_size}, shift "
-    "{run_shift}, cutout {run_cutout}, gray bars {run_letterbox_share:.0%}, resampled "
-    "{run_resample_share:.0%}"
+    "{run_shift}, cutout {run_cutout}, gray bars {run_letterbox_share:.0%}"
 )
 LONG_TRAINING = 600.0  # seconds
 SHORT_TRAINING = 8  # epochs
@@ -3348,9 +3318,8 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
     """Sends a configuration's timings, memory and settings to the parent process."""
     amp, usual = "mixed_precision" in chosen and config.amp, "data_loading" not in chosen
     # The same work for all; the baseline loader shifts and flips only.
-    changes: Record = dict.fromkeys(("cutout", "letterbox_share", "resample_share"), 0)
-    changes |= {"start_size": IMAGE_SIZE, "amp": amp, "compile": "compile" in chosen}
-    config = replace(config, mode="train", init_from=None, **changes)
+    config = replace(config, start_size=IMAGE_SIZE, cutout=0, letterbox_share=0.0)
+    config = replace(config, mode="train", amp=amp, compile="compile" in chosen, init_from=None)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
     with open_runtime(config) as runtime, tempfile.TemporaryDirectory() as folder:
         data, device = load_data(config), runtime.device

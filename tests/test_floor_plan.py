@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3660  # against creeping up; no reason to pack
-MOST_FLAGS = 42
+MOST_LINES = 3630  # against creeping up; no reason to pack
+MOST_FLAGS = 41
 SCREEN = 60  # lines of a function with its docstring
 HEAVY = {"mlflow", "torchvision", "matplotlib", "sklearn"}
 

@@ -24,14 +24,13 @@ from classifier import (
     load_data,
     move_pixels,
     pixel_statistics,
-    resample,
     resize,
     shifted_views,
     view_logits,
 )
 
 # Augmentation that changes nothing.
-PLAIN = Config(shift=0, flip=False, cutout=0, letterbox_share=0.0, resample_share=0.0)
+PLAIN = Config(shift=0, flip=False, cutout=0, letterbox_share=0.0)
 
 
 def random_images(count, channels=3):
@@ -169,7 +168,7 @@ def augmented(images, epoch, seed=0, size=32, **changes):
 def test_augment_changes_nothing_where_all_is_off(images):
     before = images.clone()
     assert torch.equal(augmented(images, 3), before)
-    augmented(images, 3, flip=True, shift=3, cutout=8, letterbox_share=0.5, resample_share=0.5)
+    augmented(images, 3, flip=True, shift=3, cutout=8, letterbox_share=0.5)
     assert torch.equal(images, before)  # it works on copies
 
 
@@ -180,9 +179,7 @@ def test_each_image_is_flipped_in_every_other_epoch(images):
     assert 10 < flipped[0].sum() < 30
 
 
-@pytest.mark.parametrize(
-    "changes", [{"shift": 2}, {"cutout": 8}, {"letterbox_share": 0.5}, {"resample_share": 0.5}]
-)
+@pytest.mark.parametrize("changes", [{"shift": 2}, {"cutout": 8}, {"letterbox_share": 0.5}])
 def test_augment_repeats_itself_and_differs_by_epoch_and_seed(images, changes):
     shown = augmented(images, 3, **changes)
     assert torch.equal(shown, augmented(images, 3, **changes)) and not torch.equal(shown, images)
@@ -194,7 +191,7 @@ def test_longer_trainings_get_harder_images():
     shown = [Config(epochs=epochs).augmentation for epochs in (1, 8, 11, 12, 20, 34, 35, 100)]
     few, usual, many = AUGMENTATIONS.values()
     assert shown == [few] * 3 + [usual] * 3 + [many] * 2
-    assert usual == (32, 3, 8, 0.2, 0.0)
+    assert usual == (32, 3, 8, 0.2)
     for easier, harder in itertools.pairwise((few, usual, many)):
         assert all(a <= b for a, b in zip(easier, harder, strict=True)) and easier != harder
 
@@ -238,32 +235,6 @@ def test_cutout_is_one_gray_square_in_each_image():
     assert torch.equal(gray[:, 0].sum((1, 2)), rows * columns)  # filled rectangles
     assert {*rows.tolist(), *columns.tolist()} == {8}  # wholly inside
     assert gray[:, 0].any(0).all()  # everywhere sooner or later
-
-
-def test_resampled_images_are_scaled_about_their_middle():
-    ramp = (torch.arange(32) * 8).clamp(32, 216).to(torch.uint8).expand(40, 3, 32, 32)
-    slopes = set()
-    for seed in range(200):
-        shown = resample(ramp, 0.5, epoch_generator(seed, 0))
-        assert torch.equal(shown[:20], ramp[:20])
-        for group in (shown[20:30], shown[30:]):
-            assert len(group.unique(dim=0)) == 1  # one scale and sharpness a group
-            row = group[0, 0, 16].float()
-            slopes.add(round(float(row[19] - row[12]) / 7, 1))
-            assert abs(float(row[15] + row[16]) / 2 - 124) <= 8  # half a pixel of the enlarged
-    assert min(slopes) == pytest.approx(8 / 1.31, abs=0.2)
-    assert max(slopes) == pytest.approx(8 / 0.59, abs=0.3)
-
-
-def test_resampled_images_are_softened_or_sharpened():
-    checks = (torch.arange(32) % 4 // 2 * 64 + 96).to(torch.uint8).expand(8, 3, 32, 32)
-    contrasts = {
-        float(shown.std())
-        for seed in range(300)
-        for shown in resample(checks, 1.0, epoch_generator(seed, 0)).float().split(4)
-    }
-    usual = float(checks.float().std())
-    assert min(contrasts) < 0.5 * usual and max(contrasts) > 1.3 * usual
 
 
 def test_images_between_bars_look_like_letterboxed_pictures():

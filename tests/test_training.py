@@ -34,7 +34,7 @@ from classifier import (
 
 # Of four classes; without augmentation, and all updates at about the peak rate.
 RECIPE = Config(width=4, batch_size=16, num_workers=0, epochs=1000)
-PLAIN = replace(RECIPE, shift=0, cutout=0, letterbox_share=0.0, resample_share=0.0)
+PLAIN = replace(RECIPE, shift=0, cutout=0, letterbox_share=0.0)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
