@@ -1987,7 +1987,7 @@ class ResumeFile:
         try:
             save_atomically(payload | content, self.path)
         except UserError as error:
-            log(f"{error}; the next epoch, if there is one, tries again")
+            log(f"{error}; training goes on")
 
     def load(self) -> Record | None:
         """The file's content, None if there is none; UserError if it is from another training."""
