@@ -634,4 +634,4 @@ def test_a_long_training_tells_how_long_it_will_take(capsys, seconds, told):
     training = SimpleNamespace(config=config, sampler=range(391), epoch=2, data=data)
     classifier.tell_duration(training, seconds)
     err = capsys.readouterr().err
-    assert ("this takes about 0:23:28 here" in err) == told == ("about 0:07:09 for 94.0%" in err)
+    assert ("this takes about 0:23:28 here" in err) == told == ("about 0:07:09 for 94.2%" in err)
