@@ -1,5 +1,6 @@
 """Folders, pictures and machines as people have them."""
 
+import functools
 import io
 import json
 import os
@@ -366,11 +367,12 @@ def test_other_signals_stop_like_sigterm(tmp_path, name):
         "--epochs",
         "3000",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    number, streams = getattr(signal, name), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    usual = functools.partial(signal.signal, number, signal.SIG_DFL)  # nohup may run the tests
+    process = subprocess.Popen(command, **streams, text=True, preexec_fn=usual)
     for line in process.stdout:
         if line.split()[:1] == ["2"]:
             break
-    number = getattr(signal, name)
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number and "continue with: python" in err
