@@ -3522,8 +3522,8 @@ class Benchmark:
             f"{device_name(self.runtime.device)}, {torch.get_num_threads()} threads, "
             f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. "
             f"Medians, relative to the baseline's; higher is faster, or more memory. The baseline "
-            f"at the end differs from the first by up to {max(drift, default=0.0):.2%}. Self-checks: "
-            f"{f'FAILED: {failed}' if failed else 'all passed'}."
+            f"at the end differs from the first by up to {max(drift, default=0.0):.2%}. "
+            f"Self-checks: {f'FAILED: {failed}' if failed else 'all passed'}."
         )
 
 
