@@ -45,6 +45,7 @@ import sqlite3
 import ssl
 import stat
 import statistics
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -172,9 +173,7 @@ class Config:
         "inside train/ and test/ (auto: cifar10; evaluate: the model's own)",
         path=True,
     )
-    data_dir: str = in_data(
-        "data", "folder for CIFAR-10 and for caches of picture folders", path=True
-    )
+    data_dir: str = in_data("data", "folder for CIFAR-10 and caches of picture folders", path=True)
     data_url: tuple[str, ...] = in_data(
         (
             # The Ray project's copy; its md5 was confirmed in anyscale/templates#927.
@@ -197,21 +196,15 @@ class Config:
         (), "files, folders, globs, or - to read paths from stdin", path=True
     )
     top_k: int = in_prediction(3, "how many classes to name", least=1)
-    threshold: float = in_prediction(
-        0.0, "answer `unknown` below this confidence", least=0.0, most=1.0
-    )
-    tta: bool = in_prediction(
-        True, "test-time augmentation: average the answers over several views"
-    )
+    threshold: float = in_prediction(0.0, "answer `unknown` below this confidence", least=0, most=1)
+    tta: bool = in_prediction(True, "test-time augmentation: average answers over several views")
     save_inputs: str | None = in_prediction(
         None, "new folder for the network's inputs (auto: none)", path=True
     )
 
     mlflow: bool = in_tracking(True, "log to MLflow")
     experiment: str | None = in_tracking(None, "MLflow experiment (auto: the data set's name)")
-    run_name: str | None = in_tracking(
-        None, "MLflow run name (auto: what differs from the defaults)"
-    )
+    run_name: str | None = in_tracking(None, "MLflow run name (auto: what differs from defaults)")
     tracking_uri: str | None = in_tracking(None, "store (auto: $MLFLOW_TRACKING_URI or mlflow.db)")
     system_metrics: bool = in_tracking(False, "also log the machine's load every 2 seconds")
 
@@ -277,7 +270,7 @@ class Config:
         """The flags' values, and the usual ones for this number of epochs in place of `auto`."""
         usual = AUGMENTATIONS[max(first for first in AUGMENTATIONS if first <= self.epochs)]
         asked = {name: getattr(self, name) for name in Augmentation._fields}
-        return usual._replace(**{name: asked[name] for name in asked if asked[name] is not None})
+        return usual._replace(**{name: value for name, value in asked.items() if value is not None})
 
     def image_size(self, done: float) -> int:
         """Side of the training images after the share `done` of the updates."""
@@ -348,7 +341,7 @@ def flag_options(each: Field, hint: Any) -> Record:
     elif known.get("choices"):
         options["choices"] = known["choices"]
     else:
-        options["metavar"] = each.name.rsplit("_")[-1].upper()
+        options["metavar"] = each.name.split("_")[-1].upper()
         options["type"] = value_parser(hint, known)
     if isinstance(default, tuple):
         options |= {"nargs": "+", "action": "extend"}
@@ -405,7 +398,8 @@ def command_line(*added: str) -> str:
     """The command as it was typed and the flags `added`, without secrets."""
     words = sys.argv + [flag for flag in added if flag not in sys.argv]
     start = "torchrun [its flags]" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return f"{start} {shlex.join(map(redact, words))}"
+    join: Callable = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"{start} {join([redact(word) for word in words])}"
 
 
 def duration(seconds: float) -> str:
@@ -436,7 +430,7 @@ def log(message: str) -> None:
     """Prints a human-readable line on stderr, in the main process only."""
     if is_main_process():
         with contextlib.suppress(OSError):  # a terminal that was closed
-            print(redact(message), file=sys.stderr, flush=True)
+            tqdm.write(redact(message), sys.stderr)  # a progress bar makes room for it
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
@@ -501,6 +495,8 @@ def usable_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 def supports_gpu() -> bool:
     """Whether torch was built for the first GPU: for its architecture, or as portable code."""
+    if torch.version.hip:  # AMD's names, such as gfx90a, are no numbers
+        return True
     major, minor = torch.cuda.get_device_capability()
     for name in torch.cuda.get_arch_list():  # such as sm_86 or compute_90
         kind, _, number = name.partition("_")
@@ -553,10 +549,11 @@ def pick_amp_dtype(device: torch.device, amp: bool | None) -> tuple[torch.dtype 
     if device.type != "cpu":
         return None, f"not used on {device.type}"
     capabilities: Record = getattr(torch.cpu, "get_capabilities", dict)()
-    if any(able for name, able in capabilities.items() if "bf16" in name):  # avx512_bf16, amx_bf16
+    avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # torch 2.6 has only this
+    if avx512() or capabilities.get("amx_bf16"):
         return torch.bfloat16, "this CPU supports bfloat16"
     if amp:
-        return torch.bfloat16, "--amp; slow: this CPU emulates bfloat16"
+        return torch.bfloat16, "--amp; slow if this CPU emulates bfloat16"
     return None, "no bfloat16 support found on this CPU"
 
 
@@ -639,7 +636,7 @@ def open_runtime(config: Config) -> Iterator[Runtime]:
     if world_size > 1 and device.type == "mps":
         raise UserError("torchrun cannot use mps: add --device cpu")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores quotas
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    if device.type == "cpu" and sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         # Otherwise large tensors' memory returns to Linux, which clears it before each use.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large block
@@ -722,8 +719,8 @@ def accelerate(
 
 @contextlib.contextmanager
 def hold_lock(path: Path, timeout: float, message: str) -> Iterator[None]:
-    """Holds the lock file `path`. If another process has it for `timeout` seconds, UserError with
-    `message`; with `timeout` -1, logs it and waits."""
+    """Holds the lock file `path`; UserError with `message` if it is not free within `timeout`
+    seconds. With `timeout` -1, logs `message` and waits."""
     lock = FileLock(path)
     try:
         lock.acquire(max(timeout, 0))
@@ -781,7 +778,7 @@ def load_whole(file: Any) -> Any:
 # Pixels: from a user's picture to the network's input. Independent of model and settings.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "PPM")
 SOURCES = "a path, bytes, an open binary file, a PIL image or a uint8 array (H, W) or (H, W, 3)"
-MAX_PIXELS = 25_000_000  # decoded at full size; 1 s and 1 GB in all
+MAX_PIXELS = 25_000_000  # decoded at full size: about 1 s and 290 MB each
 MAX_JPEG_PIXELS = 250_000_000  # of a JPEG that is decoded at a fraction: phones have 200
 MAX_SCANS = 50  # of a JPEG: each is a pass over all pixels; usual are up to 14
 MAX_TEXT_PIXELS = 1_000_000  # of a PPM whose numbers are text, which Pillow reads in Python
@@ -897,7 +894,7 @@ def mend_transparency(image: Any) -> None:
 
 
 def check_size(image: Any, file: Any) -> None:
-    """UserError if decoding the opened picture would take more than about 1 s and 1 GB."""
+    """UserError if the opened picture has more pixels than are decoded in about a second."""
     most = MAX_PIXELS
     if image.format == "JPEG":
         file.seek(0)
@@ -923,9 +920,10 @@ def essential_png(data: bytes) -> bytes:
     kept, position = [data[:8]], 8
     while position < len(data):
         end = position + 12 + int.from_bytes(data[position : position + 4])
-        kind, sum = data[position + 4 : position + 8], zlib.crc32(data[position + 4 : end - 4])
-        whole = data[end - 4 : end] == sum.to_bytes(4)
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or kind in (b"tRNS", b"eXIf") and whole:
+        kind, checksum = data[position + 4 : position + 8], zlib.crc32(data[position + 4 : end - 4])
+        whole = data[end - 4 : end] == checksum.to_bytes(4)
+        needed = kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+        if needed or (whole and kind in (b"tRNS", b"eXIf")):
             kept.append(data[position:end])
         position = end
     return b"".join(kept)
@@ -1006,7 +1004,8 @@ def picture_source(source: Any) -> Any:
         return Image.fromarray(np.ascontiguousarray(source))
     if isinstance(source, bytearray | memoryview):
         return bytes(source)
-    if hasattr(source, "read") and isinstance(content := source.read(), bytes):
+    is_text = isinstance(source, io.TextIOBase)  # opened without "rb"
+    if hasattr(source, "read") and not is_text and isinstance(content := source.read(), bytes):
         return content
     if isinstance(source, str | os.PathLike | bytes | Image.Image):
         return source
@@ -1015,7 +1014,10 @@ def picture_source(source: Any) -> Any:
 
 def read_image(source: Any) -> Image.Image:
     """One of SOURCES as RGB (an animation's first frame); UserError if it cannot be read."""
-    source = picture_source(source)
+    try:
+        source = picture_source(source)
+    except (OSError, ValueError) as error:  # an open file that cannot be read
+        raise UserError(first_line(error)) from None
     try:
         if isinstance(source, Image.Image):
             with _decoding:  # PIL may decode it only now, which is not thread-safe
@@ -1094,7 +1096,7 @@ FOREIGN_FOLDER = re.compile(
     r"(?i)\..*|mlartifacts.*|[@#](eadir|recycle|recently-snapshot|snapshot|tmp|sharebin)"
     r"|\$recycle\.bin|recycler|lost\+found|system volume information|__macosx"
 )
-# Of pictures in a folder. HEIC needs pillow-heif; without it, its error message says so.
+# Names of pictures in a folder. Without pillow-heif, a HEIC photo gets an error that names it.
 PICTURE_NAME = re.compile(r"(?is)[^.].*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|p[bgnp]m|hei[cf])")
 
 
@@ -1188,7 +1190,8 @@ def download(url: str, path: Path, patient: bool) -> bool:
         open(path, "wb") as file,
         tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
-        bar.total = size = int(answer.headers.get("Content-Length") or TARBALL_SIZE)
+        promised = int(answer.headers.get("Content-Length") or 0)
+        bar.total = size = promised or TARBALL_SIZE
         started, judged = time.monotonic(), False
         while chunk := answer.read1(2**16):
             bar.update(file.write(chunk))
@@ -1204,6 +1207,8 @@ def download(url: str, path: Path, patient: bool) -> bool:
                 return False
             if bar.disable:
                 log(f"  {left} left")
+        if file.tell() < promised:
+            raise ValueError(f"the connection broke after {file.tell():,} of {promised:,} bytes")
     return True
 
 
@@ -1238,12 +1243,14 @@ def load_cifar10(config: Config, training: bool) -> ImageData:
 
     def read(root: str | Path) -> ImageData:
         """The official files; torchvision's RuntimeError if any is missing or damaged."""
-        test, splits = CIFAR10(root, train=False), []
-        for part in [CIFAR10(root, train=True), test] if training else [test]:
+
+        def split(part: Any) -> Split:
             images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-            splits.append(Split(images, torch.tensor(part.targets)))
-        train = splits[0] if training else NO_IMAGES
-        return ImageData("cifar10", tuple(test.classes), train, splits[-1])
+            return Split(images, torch.tensor(part.targets))
+
+        test = CIFAR10(root, train=False)
+        train = split(CIFAR10(root, train=True)) if training else NO_IMAGES
+        return ImageData("cifar10", tuple(test.classes), train, split(test))
 
     data_dir = Path(config.data_dir)
     folder, tarball = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
@@ -1289,13 +1296,14 @@ def natural(path: str) -> tuple[list[Any], str]:
 def pictures_below(folder: str | Path) -> list[str]:
     """Paths of the pictures in `folder` and below it, without hidden ones, in natural order."""
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    walk = os.walk(folder, onerror=lambda error: log(f"left out: {error}"), followlinks=True)
+    for place, folders, names in walk:
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:  # a link to where we were, perhaps a loop
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not FOREIGN_FOLDER.fullmatch(name)]
+        folders[:] = sorted(name for name in folders if not FOREIGN_FOLDER.fullmatch(name))
         found += [os.path.join(place, name) for name in names if PICTURE_NAME.fullmatch(name)]
     return sorted(found, key=natural)
 
@@ -1343,11 +1351,9 @@ def find_split_folders(root: str) -> dict[str, str]:
     or if all folders beside it are splits, too.
     """
     found, folders = {}, subfolders(root)
-    for path in folders:
-        name = os.path.basename(path)
-        kind = next((kind for kind, names in SPLITS.items() if names.fullmatch(name)), None)
-        if kind and kind not in found:
-            found[kind] = path
+    for kind, names in SPLITS.items():
+        if paths := [path for path in folders if names.fullmatch(os.path.basename(path))]:
+            found[kind] = paths[0]
     if "train" not in found:
         return {}
     others = [path for path in folders if path not in found.values() and pictures_below(path)]
@@ -1413,12 +1419,12 @@ def read_pictures(paths: list[str], cache: Path, keep: bool) -> tuple[Tensor, di
                 images, unread = saved["images"], saved["unread"]  # the causes may be gone
         with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
             list(progress(pool.map(read, unread), "reading pictures", len(unread)))
-        try:
-            if writable and len(errors) < len(unread):
-                content = {"key": sha.digest(), "images": images, "unread": list(errors)}
+        if writable and len(errors) < len(unread):
+            content = {"key": sha.digest(), "images": images, "unread": list(errors)}
+            try:
                 save_atomically(content, cache)
-        except UserError as error:
-            log(f"{error}; the pictures will be read again next time")
+            except UserError as error:
+                log(f"{error}; the pictures will be read again next time")
     return images, errors
 
 
@@ -1441,7 +1447,7 @@ def load_pictures(
 def report_copies(train: Split, test: Split, paths: list[str]) -> None:
     """Logs which pictures occur twice where they should not; `paths` are train's and test's."""
     images, labels = (*train.images, *test.images), torch.cat([train.labels, test.labels]).tolist()
-    keys = [hashlib.md5(image.numpy().data).digest() for image in images]
+    keys = [hashlib.sha256(image.numpy().data).digest() for image in images]
     trained = set(keys[: len(train)])
     first = dict(zip(reversed(keys), reversed(labels), strict=True))
     tested = zip(paths[len(train) :], keys[len(train) :], strict=True)
@@ -1462,7 +1468,8 @@ def load_folder(config: Config, training: bool) -> ImageData:
     root, data_dir = os.path.abspath(str(config.dataset)), Path(config.data_dir).absolute()
     if not os.path.isdir(root):
         raise UserError(f"the pictures in {root} are gone: name them with --dataset")
-    keep = not data_dir.is_relative_to(root)  # never write into the user's picture folder
+    # Never write into the user's picture folder.
+    keep = not data_dir.resolve().is_relative_to(Path(root).resolve())
     cache = f"{config.data_name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
     train_classes, test_classes = find_splits(root)
     names, train = list(train_classes), NO_IMAGES
@@ -1517,7 +1524,9 @@ def load_everywhere(config: Config, runtime: Runtime, training: bool = True) -> 
     if data is None:  # by now the main process has downloaded or cached it
         data = load_data(config, training)
     if digests != (data.train.digest, data.evaluation.digest):
-        raise UserError(f"{platform.node()} has different images from the main process: check it")
+        raise UserError(
+            f"{platform.node()} has other images than the main process: copy its images"
+        )
     return data
 
 
@@ -1571,6 +1580,7 @@ def loader_options(num_workers: int | None, runtime: Runtime) -> Record:
     options: Record = {"num_workers": num_workers, "pin_memory": pin_memory}
     if num_workers:  # torch refuses these without workers
         options |= {"persistent_workers": True, "prefetch_factor": 4}
+        options["worker_init_fn"] = start_worker
         if sys.platform == "linux":  # Python 3.14's default would send all images via /dev/shm
             options["multiprocessing_context"] = "fork"
     return options
@@ -1578,9 +1588,7 @@ def loader_options(num_workers: int | None, runtime: Runtime) -> Record:
 
 def build_loader(split: Split, sampler: BatchSampler, options: Record) -> DataLoader:
     """A loader of whole batches; nothing is left to collate."""
-    return DataLoader(
-        split, sampler=sampler, batch_size=None, worker_init_fn=start_worker, **options
-    )
+    return DataLoader(split, sampler=sampler, batch_size=None, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1841,12 +1849,10 @@ class SavedModel(NamedTuple):
 
     def as_trained(self, config: Config) -> Config:
         """`config` with the model's data and recipe: evaluate then gives train's figures."""
-        asked, then = config.dataset, self.settings
+        asked, then, groups = config.dataset, self.settings, (TRAINING, RECIPE)
         if asked in DATASETS and asked != self.dataset:
             raise UserError(f"--dataset {asked}: {config.model_file} was trained on {self.dataset}")
-        names = [
-            each.name for each in fields(config) if each.metadata["group"] in (TRAINING, RECIPE)
-        ]
+        names = [each.name for each in fields(config) if each.metadata["group"] in groups]
         names += [name for name in ("amp", "limit_images") if getattr(config, name) is None]
         changes = {name: then[name] for name in names if name in then}
         return replace(config, **changes | {"dataset": asked or self.dataset, "flip": self.flip})
@@ -1859,7 +1865,6 @@ def find_model(asked: str | Path | None, usual: Path) -> Path:
     if not INCLUDED_MODEL.exists():
         missing = f"{usual} is missing, and so is the included model {INCLUDED_MODEL}"
         raise UserError(f"{missing}: create one with --mode train")
-    log("using the included model; --mode train makes your own")
     return INCLUDED_MODEL
 
 
@@ -1873,9 +1878,7 @@ def load_checked(path: Path) -> Record:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}{way}") from None
     except Exception as error:  # the unpickler raises anything on foreign bytes
-        raise UserError(
-            f"{path} is damaged or not a model file: {first_line(error)}{way}"
-        ) from None
+        raise UserError(f"{path} is damaged or no model file: {first_line(error)}{way}") from None
     if not isinstance(payload, dict) or not isinstance(payload.get("format_version"), int):
         raise UserError(f"{path} is not a file of this program{way}")
     if payload["format_version"] != FILE_FORMAT:
@@ -1926,6 +1929,8 @@ def check_facts(saved: Record) -> None:
 
 def load_model(path: Path) -> SavedModel:
     """The network of a model file, in eval mode; needs no flags."""
+    if path == INCLUDED_MODEL:
+        log("using the included model; --mode train makes your own")
     saved = load_checked(path)
     try:
         check_facts(saved)
@@ -2002,7 +2007,8 @@ class ResumeFile:
         changed = [] if saved.get("digest") == self.digest else ["different training images"]
         for name, value in self.settings.items():
             if (before := saved["settings"].get(name)) != value:
-                changed.append(f"--{name.replace('_', '-')} was {before}, is {value}")
+                was, now = ("auto" if each is None else each for each in (before, value))
+                changed.append(f"--{name.replace('_', '-')} was {was}, is {now}")
         if changed:
             reason = "; ".join(changed)
             raise UserError(f"--resume: {self.path} is from another run ({reason}); {otherwise}")
@@ -2250,7 +2256,7 @@ def resolved_settings(
         "run_compile": report.active,
         "run_compile_reason": report.reason,
         "run_memory_format": str(runtime.memory_format).removeprefix("torch."),
-        "run_data_loading": "batches",  # the benchmark changes this and the one before
+        "run_data_loading": "batches",  # the benchmark sets this and run_memory_format
         "run_device": device_name(runtime.device),
         "run_threads": torch.get_num_threads(),
         "run_world_size": runtime.world_size,
@@ -2329,7 +2335,7 @@ class Training:
         return self.sampler.epoch
 
     @property
-    def progress(self) -> float:
+    def done(self) -> float:
         """Share of all updates that are done."""
         return self.updates / self.total
 
@@ -2337,9 +2343,8 @@ class Training:
         """An epoch's batches on the device; adds up the time spent waiting for the loader."""
         self.wait_seconds = 0.0
         began = started = time.perf_counter()
-        for number, batch in enumerate(
-            progress(self.loader, f"epoch {self.epoch + 1}/{self.config.epochs}")
-        ):
+        shown = progress(self.loader, f"epoch {self.epoch + 1}/{self.config.epochs}")
+        for number, batch in enumerate(shown):
             self.wait_seconds += time.perf_counter() - started
             if Stopped.pending:
                 raise Stopped.pending
@@ -2360,7 +2365,7 @@ class Training:
         windows = accumulation_windows(self.batches(), len(self.sampler), self.steps)
         for (images, labels, indices), weight, closes in windows:  # (N, 3, 32, 32), (N,), (N,)
             flips = alternate_flip(indices, self.epoch) & self.data.flip
-            size = config.image_size(self.progress)
+            size = config.image_size(self.done)
             images = augment(images, flips, size, generators, config.augmentation)
             self.replica.require_backward_grad_sync = closes  # DDP: one exchange per update
             with runtime.autocast():
@@ -2392,7 +2397,7 @@ class Training:
     def update(self) -> None:
         """One step; the rates fall linearly to zero. A float16 overflow is not counted as one."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * (1 - self.progress)
+            group["lr"] = group["peak_lr"] * (1 - self.done)
         with self.runtime.autocast():  # for the optimizer's matrix products
             stepped = bool(self.scaler.step(self.optimizer))  # None after an overflow
         self.scaler.update()
@@ -2529,7 +2534,8 @@ class Predictor:
         load = functools.partial(load_picture, tta=tta, flip=self.saved.flip)
         names, remaining = self.saved.class_names, enumerate(sources)
         chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
-        with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
+        pool = ThreadPoolExecutor(min(usable_cpus(), DECODERS))
+        try:
             loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
             while chunk:
                 upcoming = list(itertools.islice(remaining, PREDICTION_BATCH))
@@ -2544,8 +2550,10 @@ class Predictor:
                         continue
                     top = tuple((names[k], value) for k, value in zip(indices, values, strict=True))
                     label = names[indices[0]] if values[0] >= threshold else "unknown"
-                    answer = Prediction(picture.name, label, values[0], top)
-                    yield replace(answer, milliseconds=milliseconds), picture
+                    answer = label, values[0], top
+                    yield Prediction(picture.name, *answer, milliseconds=milliseconds), picture
+        finally:
+            pool.shutdown(cancel_futures=True)  # the caller may want no more
 
 
 @functools.cache
@@ -2600,7 +2608,8 @@ def predict(
     why; a bad model or device raises `UserError`.
     """
     one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
-    one = one or hasattr(images, "read") or (isinstance(images, np.ndarray) and images.ndim < 4)
+    one = one or hasattr(images, "read")
+    one = one or (isinstance(images, np.ndarray) and images.ndim in (2, 3))
     if not one and not isinstance(images, Iterable):
         raise TypeError(f"a picture must be {SOURCES}, or an iterable of them; not {images!r:.60}")
     sources = [images] if one else images
@@ -2718,15 +2727,14 @@ class MlflowTracker(Tracker):
                 pool.submit(self.send_pending).result()
         except Exception as error:  # tracking must never end a training
             if not self.warned:
-                problem = f"cannot log to MLflow at {self.uri}: {first_line(error)}"
+                reason = first_line(error)
                 if re.match("file:|[^:]*$", self.uri) and self.uri != "databricks":
                     reason = "it no longer logs to folders; use --tracking-uri sqlite:///mlflow.db"
-                    problem = f"cannot log to MLflow at {self.uri}: {reason}"
-                log(f"{problem}; continuing, each epoch tries again")
+                log(f"cannot log to MLflow at {self.uri}: {reason}; later records try again")
             self.warned = True
 
     def send_pending(self) -> None:
-        """Sends what is pending. A stop meanwhile could double a record or break a new database."""
+        """Sends what is pending; in a thread, as a stop in the middle could double a record."""
         deadline = time.monotonic() + TRACKING_PATIENCE
         server = urllib.parse.urlsplit(self.uri)
         port = DATABASE_PORTS.get(server.scheme.split("+")[0])
@@ -2770,8 +2778,7 @@ class MlflowTracker(Tracker):
     def find_experiment(self) -> str:
         """The experiment's id; restored if it was deleted, created if it is missing."""
         asked = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        launched = os.environ.get("MLFLOW_EXPERIMENT_ID")
-        if launched and not asked:
+        if not asked and (launched := os.environ.get("MLFLOW_EXPERIMENT_ID")):
             return launched
         name, location = asked or self.config.data_name, None
         if found := self.client.get_experiment_by_name(name):
@@ -2794,7 +2801,10 @@ class MlflowTracker(Tracker):
             if error.error_code not in gone:
                 raise
             log(f"MLflow run {self.run_id} is gone: logging to a new one")
+            self.launched = None  # no launcher will end the new one
             return None
+        if self.launched and not (self.config.resume and self.config.resumable):
+            return run  # what it has is of other work
         history = self.client.get_metric_history(self.run_id, "train/loss")
         self.known_steps = {each.step for each in history}
         if METRIC_NAMES["train_seconds"] in run.data.metrics:
@@ -2829,7 +2839,7 @@ class MlflowTracker(Tracker):
             text = f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
             params[name] = "auto" if value is None else text
         params.pop("resume")
-        alike = params | dict.fromkeys(("seed", "run_name", "model_path"))  # of one run only
+        alike = params | dict.fromkeys(("seed", "run_name", "model_path"))  # may differ in a group
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
         tags = {"task": self.config.mode, "torch": str(torch.__version__)}
         tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
@@ -2890,9 +2900,12 @@ class MlflowTracker(Tracker):
                 store = ways.get(Path(name).suffix, self.log_model)
                 store(self.run_id, make(), name)
             except Exception as error:  # tracking must never end a training
-                way = "a higher MLFLOW_HTTP_REQUEST_TIMEOUT allows more time"
-                log(f"MLflow did not store {name}: {first_line(error)}; {way}")
+                late = "timed out" in str(error)
+                way = "; a higher MLFLOW_HTTP_REQUEST_TIMEOUT allows more time" if late else ""
+                log(f"MLflow did not store {name}: {first_line(error)}{way}")
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = patience
+        if self.launched:  # `log_model` has ended it
+            client.update_run(self.run_id, "RUNNING")
         client.set_tag(self.run_id, key, text)
 
     def log_model(self, _run_id: str, path: Path, _name: str) -> None:
@@ -2909,8 +2922,6 @@ class MlflowTracker(Tracker):
                 input_example=([base64.b64encode(picture.getvalue()).decode()], parameters),
                 pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in packages],
             )
-        if self.launched:  # leaving the `with` has ended it
-            self.client.update_run(self.run_id, "RUNNING")
         serve = f"mlflow models serve --env-manager local --port 5001 -m {stored.model_uri}"
         log(f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} {serve}")
 
@@ -2989,8 +3000,10 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
         return
     if config.json and record:
         print(json.dumps(record, allow_nan=False), flush=True)
-    if text:
-        print(text, file=sys.stderr if config.json else sys.stdout, flush=True)
+    if text and config.json:
+        log(text)
+    elif text:
+        print(text, flush=True)
 
 
 def image_areas(config: Config) -> list[int]:
@@ -3018,8 +3031,8 @@ def tell_duration(training: Training, seconds: float) -> None:
     if left < LONG_TRAINING:
         return
     log(f"this takes about {duration(left)} here; an interrupted training goes on with --resume")
-    usual = training.data.name == DATASETS[0] and not (config.width or config.depth)
-    if usual and config.epochs > SHORT_TRAINING:
+    other = config.width or config.depth or config.limit_images or config.init_from
+    if training.data.name == DATASETS[0] and not other and config.epochs > SHORT_TRAINING:
         short = per_area * sum(image_areas(replace(config, epochs=SHORT_TRAINING)))
         log(f"about {duration(short)} for 94.2% with TTA: --epochs {SHORT_TRAINING}")
 
@@ -3107,8 +3120,7 @@ def train_seed(
         tracker.log_metrics(final)
         model: Files = {"the model": lambda: path} if path else {}
         tracker.log_outcome(f"**{text}**", found.files(data.class_names) | model)
-        result |= {"seed": config.seed, "run_id": tracker.run_id}
-        result["model_path"] = path and str(path)
+        result |= {"seed": config.seed, "run_id": tracker.run_id, "model_path": path and str(path)}
         text += f"; model: {path}" if path else ""
         if data.name not in DATASETS:  # small test sets, and classes that their owner knows
             text = f"{text}\n{found.details(data.class_names)}"
@@ -3198,6 +3210,10 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
 
 def paths_on_stdin() -> Iterator[list[str]]:
     """The lines on stdin, in lists of those that have arrived: a slow producer gets its answers."""
+
+    def decoded(line: bytes) -> str:  # not `os.fsdecode`, which fails on Windows' old code pages
+        return line.rstrip(b"\r").decode(sys.getfilesystemencoding(), "surrogateescape")
+
     rest = b""
     if sys.stdin is None:
         raise UserError("--image -: stdin is closed")
@@ -3205,15 +3221,13 @@ def paths_on_stdin() -> Iterator[list[str]]:
         if b"\0" in block:
             raise UserError("--image -: stdin must hold paths, one a line; this is something else")
         *lines, rest = (rest + block.removeprefix(codecs.BOM_UTF8)).split(b"\n")
-        yield [os.fsdecode(line.rstrip(b"\r")) for line in lines]
-    yield [os.fsdecode(rest)]
+        yield [decoded(line) for line in lines if line.strip()]
+    yield [decoded(rest)] if rest.strip() else []
 
 
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
     """Paths of pictures: files, pictures in folders, glob matches."""
     for pattern in patterns:
-        if pattern in ("", "-"):
-            continue
         if os.path.isdir(pattern):
             yield from pictures_below(pattern) or [os.path.join(pattern, "*")]  # no such picture
         elif os.path.exists(pattern):
@@ -3231,16 +3245,15 @@ def run_predict(config: Config, runtime: Runtime) -> int:
     path = find_model(config.model_path, config.model_file)
     predictor = cached_model(path, str(runtime.device), config.amp, compile)
     if config.threshold and "unknown" in predictor.saved.class_names:
-        log(
-            "the class unknown and the answer unknown, below --threshold, differ by confidence only"
-        )
+        log("the class unknown and the answer unknown (--threshold) differ by confidence only")
     if config.save_inputs:
         folder = Path(config.save_inputs)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--save-inputs {folder}: {error.strerror}") from None
-    images, started = list(find_images(config.image)), time.perf_counter()
+    named, started = [each for each in config.image if each != "-"], time.perf_counter()
+    images = list(find_images(named))
     asked = config.top_k, config.threshold, config.tta
     total: int | None = len(images)
     answers: Any = predictor.predict(images, *asked)
@@ -3258,10 +3271,8 @@ def run_predict(config: Config, runtime: Runtime) -> int:
         keys = ("image", "label", "confidence", "top", "milliseconds")
         record = {key: getattr(answer, key) for key in keys}
         emit(record, answer.line(), config, runtime)
-        views = zip(
-            ("letterbox", "square", "center"), (picture.letterbox, *picture.squares), strict=False
-        )
-        for name, view in views if folder else ():
+        seen = (picture.letterbox, *picture.squares) if folder else ()
+        for name, view in zip(("letterbox", "square", "center"), seen, strict=False):
             stem = Path(answer.image).stem[:50]  # names: at most 255 bytes, 4 per character
             shown = Image.fromarray(view.permute(1, 2, 0).numpy())
             shown.save(cast(Path, folder) / f"{count:05d}-{stem}-{name}.png")
@@ -3346,8 +3357,7 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
                 images, _, indices = runtime.move(*batch)
                 if not usual:
                     flips = alternate_flip(indices, 0)
-                    most = config.augmentation.shift
-                    images = shift_and_flip(images, most, flips, generator)
+                    images = shift_and_flip(images, config.augmentation.shift, flips, generator)
                     normalize(images, model.pixel_mean, model.pixel_std)  # type: ignore[arg-type]
 
         def uncached() -> None:
@@ -3516,14 +3526,14 @@ class Benchmark:
         lines = [heading, ["---"] * len(heading), *self.lines]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         drift = [abs(row["ratio"] - 1) for row in self.rows if row["name"] == "baseline_again"]
+        end = f"differs from the first by up to {max(drift):.2%}" if drift else "was not measured"
         failed = ", ".join(check["name"] for check in self.checks if not check["passed"])
         return (
             f"{table}\n\n{datetime.date.today()}, `{command_line()}`: "
             f"{device_name(self.runtime.device)}, {torch.get_num_threads()} threads, "
             f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. "
             f"Medians, relative to the baseline's; higher is faster, or more memory. The baseline "
-            f"at the end differs from the first by up to {max(drift, default=0.0):.2%}. "
-            f"Self-checks: {f'FAILED: {failed}' if failed else 'all passed'}."
+            f"at the end {end}. Self-checks: {f'FAILED: {failed}' if failed else 'all passed'}."
         )
 
 
@@ -3573,7 +3583,7 @@ def explain(error: Exception, config: Config) -> str | None:
             return f"{error}: pip install -r requirements.txt"
         case RuntimeError() if "DataLoader worker" in str(error):
             resume = ("--resume",) if config.resumable else ()
-            command = command_line("--num-workers", "0", *resume)
+            command = command_line("--num-workers=0", *resume)
             return f"{first_line(error)}; memory or /dev/shm ran out: try {command}"
         case RuntimeError() if re.search("out of memory|allocat|ALLOC_FAILED", str(error)):
             half, twice = config.batch_size // 2, 2 * config.accumulate_grad_steps

@@ -328,6 +328,7 @@ def test_mirrors_are_tried_in_order(server, tmp_path, capsys):
     assert len(load_data(cifar(tmp_path / "new", *urls)).train) == 50
     told = capsys.readouterr().err
     assert told.count("failed:") == 5 and "refused" in told and "404" in told
+    assert told.count("the connection broke after") == 1 and told.count("md5 differs") == 2
     assert server.asked == [f"/{name}" for name in names[:-1]]
     assert sorted(os.listdir(tmp_path / "new")) == ["cifar-10-batches-py"]
     assert len(load_data(cifar(tmp_path / "new")).train) == 50  # now without a server

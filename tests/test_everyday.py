@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOGGED, ROOT, TINY, encoded, noise, run, runs_of
+from conftest import LOGGED, ROOT, TINY, encoded, noise, rows, run, runs_of
 from PIL import Image, ImageCms
 
 import classifier
@@ -91,6 +91,26 @@ def test_one_picture_in_any_form_has_one_answer(trained, tmp_path):
 def test_what_is_no_picture_is_one_type_error(trained, source):
     with pytest.raises(TypeError, match="a picture must be a path, bytes, an open binary file"):
         predict(source, model_path=trained)
+
+
+def test_a_picture_opened_as_text_is_a_type_error(trained, tmp_path):
+    path = picture(tmp_path / "a.png", "red", 1)
+    with open(path) as file, pytest.raises(TypeError, match="an open binary file"):
+        predict(file, model_path=trained)
+
+
+def test_a_closed_file_is_one_picture_without_an_answer(trained, tmp_path):
+    path = picture(tmp_path / "a.png", "red", 1)
+    with open(path, "rb") as closed:
+        pass
+    found = predict([closed, path], model_path=trained)
+    assert "closed file" in found[0].error and found[1].label
+
+
+def test_an_array_of_paths_is_many_pictures(trained, tmp_path):
+    path = str(picture(tmp_path / "a.png", "red", 1))
+    found = predict(np.array([path, path]), model_path=trained)
+    assert [each.label for each in found] == 2 * [predict(path, model_path=trained)[0].label]
 
 
 @pytest.mark.slow
@@ -446,6 +466,46 @@ def test_a_launchers_run_is_used_and_left_open(capsys, monkeypatch, tmp_path):
     found = {each.info.run_id: each for each in client.search_runs([experiment])}
     assert len(found) == 2 and found[started].info.status == "RUNNING"
     assert "test/accuracy" in found[started].data.metrics
+
+    def times(name):
+        return len(client.get_metric_history(started, name))
+
+    before = times("train/loss"), times("test/accuracy")
+    monkeypatch.setenv("MLFLOW_RUN_ID", started)  # MLflow has removed it from this process
+    code, out, _ = run(capsys, "--mode", "train", *LOGGED, "--seed", 1, "--json")
+    assert code == 0 and (times("train/loss"), times("test/accuracy")) == (
+        before[0] + 2,
+        before[1] + 2,
+    )
+    percent = 100 * rows(out)[-1]["test_accuracy"]
+    latest = client.get_run(started).data.metrics["test/accuracy"]
+    assert latest == pytest.approx(percent, abs=0.01)  # a job's second work is not taken for known
+
+
+def test_a_launchers_run_that_is_gone_is_replaced_by_one_that_ends(capsys, monkeypatch, tmp_path):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    code, _, err = run(capsys, "--mode", "train", *LOGGED)
+    assert code == 0 and "is gone: logging to a new one" in err
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert found.info.status == "FINISHED"
+
+
+def test_a_launchers_run_outlives_a_model_that_cannot_be_stored(capsys, monkeypatch, tmp_path):
+    import mlflow
+
+    def refuse(**_):
+        raise PermissionError("no credentials")
+
+    monkeypatch.setattr("mlflow.pyfunc.log_model", refuse)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    started = client.create_run(client.create_experiment("digits")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", started)
+    code, _, err = run(capsys, "--mode", "train", *LOGGED)
+    assert code == 0 and "MLflow did not store the model: no credentials\n" in err
+    assert client.get_run(started).info.status == "RUNNING"
 
 
 @pytest.mark.slow

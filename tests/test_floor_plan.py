@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from classifier import Config
 
-MOST_LINES = 3630  # against creeping up; no reason to pack
+MOST_LINES = 3640  # against creeping up; no reason to pack
 MOST_FLAGS = 41
 SCREEN = 60  # lines of a function with its docstring
 HEAVY = {"mlflow", "torchvision", "matplotlib", "sklearn"}
@@ -77,7 +77,7 @@ def test_only_the_reporting_functions_print():
         function.name
         for function in FUNCTIONS
         for node in ast.walk(function)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "tqdm.write")
     }
     assert printing == {"log", "emit", "main"}
 

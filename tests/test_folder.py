@@ -131,6 +131,47 @@ def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
     assert found == [f"{name}.png" for name in names]
 
 
+def test_a_link_beside_its_folder_does_not_change_the_names(tmp_path, monkeypatch):
+    """Whichever of the two the disk lists first."""
+    (tmp_path / "a").mkdir()
+    picture("white", 1).save(tmp_path / "a" / "1.png")
+    (tmp_path / "z").symlink_to("a")
+    walk = os.walk
+
+    def backwards(folder, **options):
+        for place, folders, files in walk(folder, **options):
+            folders.sort(reverse=True)
+            yield place, folders, files
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert pictures_below(tmp_path) == [str(tmp_path / "a" / "1.png")]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    for name in ("open", "locked"):
+        (tmp_path / name).mkdir()
+        picture("white", 1).save(tmp_path / name / "1.png")
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert pictures_below(tmp_path) == [str(tmp_path / "open" / "1.png")]
+    assert "locked" in capsys.readouterr().err
+
+
+def test_nothing_is_written_below_the_pictures(pets, monkeypatch):
+    """However --data-dir names the place."""
+    (pets.parent / "work").mkdir()
+    monkeypatch.chdir(pets.parent / "work")
+    before = sorted(pets.rglob("*"))
+    load(pets, data_dir=f"../{pets.name}/caches")
+    assert sorted(pets.rglob("*")) == before
+
+
 def test_bad_pictures_are_named_left_out_and_counted(pets, capsys):
     """Also when what could be read comes from the cache."""
     (pets / "ünï" / "empty.png").write_bytes(b"")

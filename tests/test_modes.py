@@ -236,7 +236,7 @@ def test_resume_ends_bit_for_bit_as_if_nothing_had_happened(capsys, monkeypatch)
 def test_resume_refuses_what_changes_the_mathematics(capsys, monkeypatch):
     interrupted(monkeypatch, capsys, *LITTLE, after=1)
     for flags, words in (
-        (["--lr", "0.2"], "--lr was None, is 0.2"),
+        (["--lr", "0.2"], "--lr was auto, is 0.2"),
         (["--limit-images", "300"], "--limit-images was 128, is 300"),
         (["--epochs", "9"], "--epochs was 2, is 9"),
         (["--momentum", "0.5"], "--momentum was 0.9367, is 0.5"),
@@ -259,7 +259,7 @@ def test_resume_of_a_run_that_differed_elsewhere_is_refused(capsys, monkeypatch)
         "--device was cuda, is cpu",
         "--amp was torch.float16, is None",
         "--nproc-per-node was 2, is 1",
-        "--init-from was /x.pth, is None",
+        "--init-from was /x.pth, is auto",
     ):
         assert change in last_line(err)
 
@@ -496,6 +496,10 @@ def test_benchmark_table(measured_benchmark):
     assert "FAILED: predict." in last and f"`{classifier.command_line()}`" in last
     measured_benchmark.checks.pop()
     assert measured_benchmark.table().endswith("Self-checks: all passed.")
+    measured_benchmark.rows = [
+        row for row in measured_benchmark.rows if row["name"] != "baseline_again"
+    ]
+    assert "The baseline at the end was not measured." in measured_benchmark.table()
 
 
 def without_processes(monkeypatch, found, check=lambda _: None):
@@ -635,3 +639,42 @@ def test_a_long_training_tells_how_long_it_will_take(capsys, seconds, told):
     classifier.tell_duration(training, seconds)
     err = capsys.readouterr().err
     assert ("this takes about 0:23:28 here" in err) == told == ("about 0:07:09 for 94.2%" in err)
+
+
+@pytest.mark.parametrize("change", [{"limit_images": 9}, {"init_from": "m.pth"}, {"width": 8}])
+def test_another_training_is_not_promised_the_usual_accuracy(capsys, change):
+    training = SimpleNamespace(
+        config=classifier.Config(**change),
+        sampler=range(391),
+        epoch=2,
+        data=SimpleNamespace(name="cifar10"),
+    )
+    classifier.tell_duration(training, 0.2)
+    err = capsys.readouterr().err
+    assert "this takes about 0:23:28 here" in err and "94.2%" not in err
+
+
+def test_a_closed_stderr_does_not_stop_json(cpu, capsys, monkeypatch):
+    def write(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
+    classifier.emit({"a": 1}, "text", classifier.Config(json=True), cpu)
+    assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize("words", [["--num-workers", "4"], ["--seed", "0"], []])
+def test_the_command_after_a_dead_worker_is_valid(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["classifier.py", "--mode", "train", *words])
+    error = RuntimeError("DataLoader worker (pid 7) is killed")
+    text = classifier.explain(error, classifier.Config())
+    config = classifier.parse_config(shlex.split(text.split("try python classifier.py ")[1]))
+    assert (config.num_workers, config.resume, config.seed) == (0, True, 0)
+
+
+def test_windows_gets_quotes_that_it_knows(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["classifier.py", "--data-dir", "D:\\a b"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        command = classifier.command_line()
+    assert command == 'python classifier.py --data-dir "D:\\a b"'

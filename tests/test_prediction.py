@@ -388,6 +388,36 @@ def test_a_slow_producer_on_stdin_gets_each_answer(trained, album, monkeypatch):
     assert classifier.main(words) == 0 and producer.sent == 3
 
 
+def test_an_empty_name_is_no_picture(trained, capsys):
+    """As of a shell's variable that is not set."""
+    code, out, err = run(capsys, "--mode", "predict", "--model-path", trained, "--image", "")
+    assert (code, out, err) == (1, "", ": no such picture\n")
+
+
+def test_a_caller_that_stops_asking_waits_for_little(trained, monkeypatch):
+    """Of 128 further pictures, some are being decoded by then; the rest never are."""
+    started, real = [], classifier.load_picture
+
+    def slow(numbered, **options):
+        started.append(numbered[0])
+        time.sleep(0.01)
+        return real(numbered, **options)
+
+    monkeypatch.setattr(classifier, "load_picture", slow)
+    answers = classifier.cached_model(trained, "cpu").predict([noise(40, 40)] * 192)
+    assert next(answers)[0].label
+    answers.close()
+    time.sleep(0.2)
+    assert 64 <= len(started) < 100
+
+
+def test_the_included_model_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr(classifier, "_predictors", {})
+    for _ in range(2):
+        classifier.predict(noise(40, 40), device="cpu")
+    assert capsys.readouterr().err.count("using the included model") == 1
+
+
 def test_bad_pictures_are_named_and_the_good_ones_answered(trained, album, capsys):
     (album / "bomb.png").write_bytes(bomb())
     (album / "cut.png").write_bytes(encoded(noise(64, 64))[:900])

@@ -90,7 +90,7 @@ def test_code_in_optimizations_is_the_programs():
     blocks = re.findall(
         r"^```python\n(.*?)^```", TEXTS["OPTIMIZATIONS.md"], re.MULTILINE | re.DOTALL
     )
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         lines = [line.strip() for line in block.splitlines()]
         starts = [number for number, line in enumerate(source) if line == lines[0]]

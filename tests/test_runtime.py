@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import errno
+import io
 import os
 import platform
 import signal
+import sys
 import threading
 from dataclasses import replace
 
@@ -341,3 +343,36 @@ def test_compiled_training_in_bfloat16_follows_eager_training(cli):
     assert compiled.returncode == 0 and "compiled: True" in compiled.stderr, compiled.stderr
     losses = [rows(done.stdout)[0]["train_loss"] for done in (eager, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_every_gpu_of_amd_is_used(two_gpus, monkeypatch):
+    """torch for AMD names architectures without numbers to compare, and knows what it runs on."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.0")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx1100"])
+    assert pick_device("auto").type == "cuda"
+
+
+def test_torch_2_6_knows_bfloat16_by_another_name(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for there, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        assert pick_amp_dtype(CPU, None)[0] == expected
+
+
+def test_windows_is_not_asked_for_its_libc(monkeypatch):
+    """`libc_ver` reads python.exe, which the Microsoft Store's Python forbids."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(platform, "libc_ver", lambda: 1 / 0)
+    with open_runtime(Config(device="cpu")) as runtime:
+        assert runtime.device == CPU
+
+
+def test_a_message_stands_on_a_line_of_its_own(monkeypatch):
+    """The progress bar goes away for it and comes back."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for _ in classifier.progress(range(1), "epoch 1/1", 1):
+        classifier.log("told")
+    before, after = terminal.getvalue().split("told\n")
+    assert "epoch 1/1" in before and before.endswith("\r") and "epoch 1/1" in after

@@ -369,7 +369,7 @@ def test_a_skipped_step_does_not_advance_the_schedule(split):
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # overflows float16
     training.train_epoch()
-    assert (training.updates, training.skipped, training.progress) == (0, 1, 0.0)
+    assert (training.updates, training.skipped, training.done) == (0, 1, 0.0)
     assert all(map(torch.equal, before, training.model.parameters()))
     training.scaler.update(2.0**10)
     training.train_epoch()
