@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of tiny networks, threads only wait for each other
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    os.environ.pop(name, None)  # a cluster's
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -133,6 +135,7 @@ def own_folder(tmp_path, monkeypatch):
     """Each test in a folder of its own, without what the caller's environment says about MLflow."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(classifier, "TRACKING_PATIENCE", 600.0)  # machines may be busy
     for name in list(os.environ):
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)

@@ -94,6 +94,9 @@ def test_subfolders_are_classes(pets, capsys):
     assert [sum(pair) for pair in zip(train, test, strict=True)] == [10, 10, 10] and min(test) > 0
     assert data.train.labels[:9].unique().numel() > 1  # mixed: --limit-images takes the first
     assert capsys.readouterr().err == ""
+    colour = torch.tensor([1, 0, 2])  # PETS are green, red and blue: each picture has its own label
+    for split in (data.train, data.evaluation):
+        assert torch.equal(split.images.float().mean((2, 3)).argmax(1), colour[split.labels])
 
 
 def test_pictures_are_letterboxed_as_predict_does(pets):
@@ -261,10 +264,10 @@ def test_train_and_test_folders(pets):
         (pets / name).rename(pets / "train" / name)
     alone = load(pets)  # without test/ a part of train/ is the test
     assert alone.class_names == PETS and len(alone.train) + len(alone.evaluation) == 30
-    (pets / "test" / "cat 9").mkdir(parents=True)
-    picture("green", 77).save(pets / "test" / "cat 9" / "a.png")
+    (pets / "test" / "cat 10").mkdir(parents=True)
+    picture("red", 77).save(pets / "test" / "cat 10" / "a.png")
     data = load(pets)
-    assert len(data.train) == 30 and data.evaluation.labels.tolist() == [0]
+    assert len(data.train) == 30 and data.evaluation.labels.tolist() == [1]
     (pets / "test" / "dog").mkdir()
     picture("green").save(pets / "test" / "dog" / "a.png")
     with pytest.raises(UserError, match="no training pictures of dog"):

@@ -64,6 +64,7 @@ def included(clone, monkeypatch):
 
 def test_python_uses_it_from_any_folder_with_one_load(monkeypatch):
     real, loads = classifier.load_model, []
+    monkeypatch.setattr(classifier, "_predictors", {})
     monkeypatch.setattr(classifier, "load_model", lambda path: loads.append(path) or real(path))
     for _ in range(2):
         (found,) = predict(ROOT / ".github" / "cat.jpg")

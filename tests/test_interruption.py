@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import torch
 from conftest import ROOT, TINY, rows, run, same, weights
 
 import classifier
+
+resource = pytest.importorskip("resource")  # not on Windows
 
 EXACT = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
 KILLS = 12

@@ -262,7 +262,26 @@ def test_bars_shrink_all_of_the_image_or_crop_it():
         row = wide[0, 16].float()
         slopes.add(round(float(row[19] - row[12]) / 28, 1))
         assert abs(float(row[15] + row[16]) / 2 - 62) <= 1  # its middle stays in the middle
+        side = 2 * round(16 / (float(row[19] - row[12]) / 28))
+        margin = (32 - side) // 2
+        assert torch.equal(row[:margin], row[margin + 1 : 2 * margin + 1].flip(0))  # reflected
     assert min(slopes) == 1.0 and max(slopes) >= 1.7  # from whole size to half
+
+
+def test_bars_crop_at_any_height():
+    ramp = (4 * torch.arange(32, dtype=torch.uint8))[:, None].expand(4, 3, 32, 32)
+    middles = []
+    for seed in range(100):
+        column = add_bars(ramp, 0.5, epoch_generator(seed, 0))[0, 0, :, 16].float()
+        middles.append(float(column[15] + column[16]) / 2)
+    assert min(middles) < 58 and max(middles) > 66  # always from the top: 30 to 62
+
+
+def test_filters_beyond_the_identity_start_at_random():
+    weight = ConvBlock(3, 8, 2).conv1.weight
+    identity = torch.zeros(3, 3, 3, 3)
+    identity[range(3), range(3), 1, 1] = 1
+    assert torch.equal(weight[:3], identity) and weight[3:].flatten(1).norm(dim=1).min() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -641,6 +641,20 @@ def test_a_long_training_tells_how_long_it_will_take(capsys, seconds, told):
     assert ("this takes about 0:23:28 here" in err) == told == ("about 0:07:09 for 94.2%" in err)
 
 
+def test_a_training_tells_its_duration_once(capsys, monkeypatch):
+    monkeypatch.setattr(classifier, "LONG_TRAINING", 0.0)
+    assert run(capsys, "--mode", "train", *LITTLE)[2].count("this takes about") == 1
+
+
+def test_depth_3_is_trained_saved_and_read_again(capsys):
+    result = rows(run(capsys, *TRAIN, "--depth", 3, "--json")[1])[-1]
+    saved = classifier.load_model(Path("digits_model.pth")).model
+    assert saved.settings == {"width": 8, "depth": 3}
+    assert len(saved.parameter_groups()["filters"]) == 9
+    (again,) = rows(run(capsys, *EVALUATE, "digits_model.pth", "--json")[1])
+    assert again["test_loss"] == result["test_loss"]
+
+
 @pytest.mark.parametrize("change", [{"limit_images": 9}, {"init_from": "m.pth"}, {"width": 8}])
 def test_another_training_is_not_promised_the_usual_accuracy(capsys, change):
     training = SimpleNamespace(

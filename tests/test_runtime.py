@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import filelock
@@ -215,7 +216,8 @@ def test_who_waits_for_a_lock_says_so(tmp_path, capsys):
         assert capsys.readouterr().err == ""
         thread = threading.Thread(target=second)
         thread.start()
-        while not told:
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
             told = capsys.readouterr().err
         order.append("first")
     thread.join()
@@ -365,6 +367,17 @@ def test_windows_is_not_asked_for_its_libc(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: 1 / 0)
     with open_runtime(Config(device="cpu")) as runtime:
         assert runtime.device == CPU
+
+
+@pytest.mark.parametrize("torchs,usable,expected", [(64, 3, 3), (2, 8, 2)])
+def test_torch_starts_no_more_threads_than_may_run(monkeypatch, torchs, usable, expected):
+    """A container with a quota of 2 CPUs on a machine with 64 would be very slow."""
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(classifier, "usable_cpus", lambda: usable)
+    with open_runtime(Config(device="cpu")):
+        assert asked == [expected]
 
 
 def test_a_message_stands_on_a_line_of_its_own(monkeypatch):

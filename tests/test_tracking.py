@@ -42,6 +42,9 @@ SMALL = [*LOGGED, "--limit-images", "128"]
 RECORDS = 7  # of `log_something` and of a training of two epochs
 
 
+PATIENCE = classifier.TRACKING_PATIENCE  # in other tests it is longer
+
+
 def settings(**tracking):
     return Config(dataset="digits", **tracking)
 
@@ -240,7 +243,7 @@ def test_a_server_that_accepts_and_never_answers(trackers, monkeypatch, capsys):
 
 def test_one_call_to_a_dead_server_is_shorter_than_the_patience(cpu):
     with open_tracker(settings(tracking_uri="nonsense://x"), cpu):
-        assert float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) < classifier.TRACKING_PATIENCE
+        assert float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) < PATIENCE
 
 
 def test_a_slow_store_holds_up_each_call_for_so_long_and_no_longer(
@@ -248,6 +251,7 @@ def test_a_slow_store_holds_up_each_call_for_so_long_and_no_longer(
 ):
     """Six seconds a record: two at the first call, the others at the next ones."""
     now, counts = [0.0], []
+    monkeypatch.setattr(classifier, "TRACKING_PATIENCE", PATIENCE)
     monkeypatch.setattr(
         classifier, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0])
     )
@@ -479,7 +483,10 @@ def test_class_names_that_are_no_utf8_have_their_files(cpu, store, tmp_path):
     """A folder's name of other bytes reaches MLflow in both files."""
     for name in (b"gr\xfcn", b"rot"):
         folder = os.path.join(os.fsencode(tmp_path), b"pictures", name)
-        os.makedirs(folder)
+        try:
+            os.makedirs(folder)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 only")
         for number in range(4):
             noise(40, 30).save(os.path.join(os.fsdecode(folder), f"{number}.png"))
     data = classifier.load_data(Config(dataset=str(tmp_path / "pictures")))

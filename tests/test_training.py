@@ -22,6 +22,7 @@ from classifier import (
     Training,
     UserError,
     accumulation_windows,
+    alternate_flip,
     augment,
     epoch_generator,
     evaluate,
@@ -332,11 +333,13 @@ def test_data_wait_is_measured(training, monkeypatch):
             now += 2.0
             yield [torch.tensor(number)]
 
-    training.loader, batches = slow(), []
+    training.loader, batches, told = slow(), [], []
+    training.tell_speed = told.append
     for (batch,) in training.batches():
         now += 50.0  # the work on a batch is no wait
         batches.append(int(batch))
     assert batches == [0, 1, 2] and training.wait_seconds == 6.0
+    assert told == [52.0]  # seconds a batch, once they are known
 
 
 def test_loss_falls(split, cpu):
@@ -346,6 +349,73 @@ def test_loss_falls(split, cpu):
         last = training.train_epoch()
     assert last["train_loss"] < 0.7 * first["train_loss"]
     assert last["train_accuracy"] > first["train_accuracy"]
+
+
+def test_an_epoch_augments_as_its_settings_say(split, cpu, monkeypatch):
+    """Flips alternate by image and epoch; draws differ by epoch, seed and process."""
+    strength = {"start_size": 20, "shift": 3, "cutout": 5, "letterbox_share": 0.5}
+    config = replace(RECIPE, batch_size=96, epochs=10, **strength)
+    real, calls, seeds = classifier.augment, [], set()
+
+    def recorded(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(classifier, "augment", recorded)
+    for flip, seed, rank in ((True, 0, 0), (False, 1, 0), (True, 0, 1)):
+        training = Training(replace(config, seed=seed), data_of(split, flip=flip), cpu)
+        training.runtime = replace(cpu, rank=rank)
+        for epoch in (0, 1):
+            order = torch.from_numpy(next(iter(training.sampler)))  # one batch an epoch
+            training.train_epoch()
+            images, flips, size, generators, chosen = calls.pop()
+            assert not calls and torch.equal(images, split.images[order])
+            assert torch.equal(flips, alternate_flip(order, epoch) & flip)
+            assert (size, chosen) == (20, config.augmentation)
+            seeds |= {each.initial_seed() for each in generators}
+    assert len(seeds) == 6
+
+
+def test_the_schedule_ends_with_the_last_update(split, cpu):
+    """Also where an epoch's last update has fewer micro-batches: six, four an update."""
+    config = replace(PLAIN, accumulate_grad_steps=4, epochs=3)
+    training = Training(config, data_of(split), cpu)
+    for _ in range(3):
+        last = training.train_epoch()
+    peak = training.optimizer.param_groups[0]["peak_lr"]
+    assert (training.updates, training.done) == (6, 1.0)
+    assert last["lr"] == pytest.approx(peak / 6)
+
+
+@pytest.mark.parametrize(
+    "epochs,asked,passed",
+    [(1, None, False), (400, None, None), (1, True, True), (400, False, False)],
+)
+def test_short_trainings_do_not_compile_by_themselves(
+    split, cpu, monkeypatch, epochs, asked, passed
+):
+    seen = []
+
+    def accelerate(net, _, compile, *__):
+        seen.append(compile)
+        return net, classifier.CompileReport(False, "")
+
+    monkeypatch.setattr(classifier, "accelerate", accelerate)
+    Training(replace(PLAIN, epochs=epochs, compile=asked), data_of(split), cpu)  # six an epoch
+    assert seen == [passed]
+
+
+@pytest.mark.parametrize("smoothing,classes", [(0.2, 10), (0.2, 2), (0.5, 100)])
+def test_the_temperature_undoes_label_smoothing(smoothing, classes):
+    """A network that answers what the labels ask for gets the margin of a certain answer."""
+    asked = F.one_hot(torch.tensor(0), classes) * (1 - smoothing) + smoothing / classes
+    logits = asked.log() / classifier.usual_temperature(smoothing, classes)
+    assert float(logits[0] - logits[1]) == pytest.approx(classifier.CERTAIN_MARGIN, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-4])
+def test_without_smoothing_the_temperature_only_corrects_the_mean_over_views(smoothing):
+    assert classifier.usual_temperature(smoothing, 10) == classifier.MOST_TEMPERATURE < 1
 
 
 # --- Mixed precision ------------------------------------------------------------------------------
@@ -502,6 +572,9 @@ def test_details_name_the_most_frequent_confusions():
         ["cow", "100.00%"],
     ]
     assert last == "  most confused: bee as ant 3x, ant as bee 1x"
+    gap = found._replace(confusion=torch.tensor([[2, 1], [0, 0]]))  # no image of the second class
+    assert gap.per_class(("ant", "bee")) == {"ant": pytest.approx(2 / 3)}
+    assert "bee" not in gap.details(("ant", "bee")).splitlines()[0]
     assert found._replace(confusion=torch.eye(2)).details("ab").endswith("most confused: none")
 
 
