@@ -862,7 +862,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     white_first = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's photometric interpretation
     with contextlib.suppress(Exception):  # broken EXIF is no reason to reject a picture
         image = image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
-    factor = max(image.size) // (16 * IMAGE_SIZE)  # averaged to a side of 512 to 1,023 first
+    # Averaged to a long side of 512 to 1,023 first; a strip less, as center squares need its width.
+    short, long = sorted(image.size)
+    least = max(1, short // (2 * SQUARE_SIZE), math.isqrt(short * long) // 1024)
+    factor = min(long // (16 * IMAGE_SIZE), least)
     if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
         image, factor = image.reduce(factor), 1  # 1: done
     if image.mode.startswith(("I", "F")):
@@ -1085,11 +1088,11 @@ MIRROR_LEAST_RATE = 300_000  # bytes per second; slower mirrors are skipped
 MIRROR_SILENCE = 30.0  # seconds without data before a download is given up
 TARBALL_SIZE = 170_498_071  # bytes
 SPLIT_SEED = 10  # fixed, so that the held-out images do not depend on --seed
-CACHE_FORMAT = 2  # increase it when the letterbox or the cache changes
+CACHE_FORMAT = 3  # increase it when the letterbox or the cache changes
 SPLITS = {  # usual names of folders that hold the classes
-    "train": re.compile(r"(?i)train(ing)?([ _-]?set)?"),
-    "test": re.compile(r"(?i)test(ing)?([ _-]?set)?"),
-    "validation": re.compile(r"(?i)(val(id(ation)?)?|dev)([ _-]?set)?"),
+    "train": re.compile(r"(?i)train(ing)?([ _-]?(set|data|images))?"),
+    "test": re.compile(r"(?i)test(ing)?([ _-]?(set|data|images))?"),
+    "validation": re.compile(r"(?i)(val(id(ation)?)?|dev)([ _-]?(set|data|images))?"),
 }
 # Hidden folders, MLflow's, and those that systems make by themselves.
 FOREIGN_FOLDER = re.compile(
@@ -1336,8 +1339,9 @@ def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
     """
 
     def draw(path: str) -> int:  # uniform below 2**32
-        name = os.fsencode(os.path.relpath(path, root).replace(os.sep, "/"))
-        return int.from_bytes(hashlib.sha256(b"%d/" % SPLIT_SEED + name).digest()[:4])
+        name = unicodedata.normalize("NFC", os.path.relpath(path, root).replace(os.sep, "/"))
+        digest = hashlib.sha256(b"%d/" % SPLIT_SEED + os.fsencode(name)).digest()
+        return int.from_bytes(digest[:4])
 
     order, tenth = sorted(paths, key=draw), sum(10 * draw(path) < 2**32 for path in paths)
     count = min(max(1, tenth), len(paths) - 1)
@@ -1374,9 +1378,13 @@ def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Training and test pictures by class; UserError if they do not form a data set."""
     folders, test = find_split_folders(root), cast(dict[str, list[str]], {})
     train = find_classes(folders.get("train", root))
-    if place := folders.get("test") or folders.get("validation"):
+    places = [folders[kind] for kind in ("test", "validation") if kind in folders]
+    for path in [each for each in places if not subfolders(each)]:
+        log(f"{path}: no classes' folders in it, so it is not used")
+        places.remove(path)
+    if places:
+        place, *unused = places
         test = find_classes(place)
-        unused = [path for path in folders.values() if path not in (folders["train"], place)]
         note = f"; {', '.join(unused)} is not used" if unused else ""
         log(f"training on {folders['train']}, testing on {place}{note}")
     else:
@@ -1389,6 +1397,9 @@ def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     for name in train:
         if not test.get(name):
             log(f"class {name}: no picture to test on")
+    shown = ", ".join([*train][:10]) + ", ..." * (len(train) > 10)
+    training, testing = (sum(map(len, each.values())) for each in (train, test))
+    log(f"{len(train)} classes ({shown}): {training} pictures to train on, {testing} to test on")
     return train, test
 
 
@@ -1494,6 +1505,8 @@ def load_data(config: Config, training: bool = True) -> ImageData:
     Without `training`, only the evaluation part is read if --holdout is 0.
     """
     training = training or config.holdout > 0
+    if config.dataset in DATASETS and os.path.isdir(config.dataset):
+        log(f"{config.dataset}: the built-in data set; ./{config.dataset} means the folder here")
     match config.dataset or DATASETS[0]:
         case "cifar10":
             data = load_cifar10(config, training)
@@ -1932,6 +1945,8 @@ def load_model(path: Path) -> SavedModel:
     if path == INCLUDED_MODEL:
         log("using the included model; --mode train makes your own")
     saved = load_checked(path)
+    if "history" in saved:
+        raise UserError(f"{path} is an unfinished training: --mode train --resume finishes it")
     try:
         check_facts(saved)
         with torch.device("meta"):  # takes no memory, whatever size the file claims
@@ -2021,7 +2036,8 @@ class ResumeFile:
         with contextlib.suppress(UserError):  # a damaged file is kept too
             if not load_checked(self.path).get("history", True):
                 return
-        old = self.path.with_name(self.path.name + ".old")
+        names = (f"{self.path.name}.old{number or ''}" for number in itertools.count())
+        old = next(each for each in map(self.path.with_name, names) if not each.exists())
         os.replace(self.path, old)
         log(f"an unfinished training was moved to {old}; --resume would have continued it")
 
@@ -2998,12 +3014,18 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
     """A result: `text` on stdout, or with --json `record` there and `text` on stderr."""
     if runtime.rank:
         return
-    if config.json and record:
-        print(json.dumps(record, allow_nan=False), flush=True)
+    lines = [json.dumps(record, allow_nan=False)] if config.json and record else []
     if text and config.json:
         log(text)
     elif text:
-        print(text, flush=True)
+        lines = [text]
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except OSError as error:  # a full disk, or a terminal that was closed
+        if isinstance(error, BrokenPipeError) or config.mode != "train":
+            raise
+        log(f"stdout cannot be written ({error.strerror}); training goes on")
 
 
 def image_areas(config: Config) -> list[int]:
@@ -3023,14 +3045,15 @@ def epoch_row(config: Config, part: str, record: Record, seconds: float) -> str:
     ).format(**record, evaluated=evaluated, left=left)
 
 
-def tell_duration(training: Training, seconds: float) -> None:
+def tell_duration(training: Training, several: bool, seconds: float) -> None:
     """Logs how long a long training will take, from the `seconds` of a batch, and the short way."""
     config, areas = training.config, image_areas(training.config)
     per_area = seconds * len(training.sampler) / areas[training.epoch]
     left = per_area * sum(areas[training.epoch :])
     if left < LONG_TRAINING:
         return
-    log(f"this takes about {duration(left)} here; an interrupted training goes on with --resume")
+    way = " for each seed" if several else "; an interrupted training goes on with --resume"
+    log(f"this takes about {duration(left)} here{way}")
     other = config.width or config.depth or config.limit_images or config.init_from
     if training.data.name == DATASETS[0] and not other and config.epochs > SHORT_TRAINING:
         short = per_area * sum(image_areas(replace(config, epochs=SHORT_TRAINING)))
@@ -3044,7 +3067,7 @@ def save_trained(training: Training, temperature: float, result: Record) -> Path
     try:
         save_model(path, *content)
     except UserError as error:
-        log(f"{error}; once it can be, --resume saves the model there without training again")
+        log(f"{error}; once it can be, --resume saves the model there")
         path = Path(tempfile.mkdtemp(prefix="classifier-"), path.name)
         save_model(path, *content)
         log(f"the model is in {path}")
@@ -3080,7 +3103,7 @@ def train_seed(
     began, name, history = time.perf_counter(), data.evaluation_name, cast(list[Record], [])
     keep = keep and runtime.rank == 0
     training, resume = Training(config, data, runtime), ResumeFile(config, data, runtime)
-    training.tell_speed = functools.partial(tell_duration, training)
+    training.tell_speed = functools.partial(tell_duration, training, bool(parent))
     saved, found, path = None, None, None
     if config.resume:
         saved = runtime.from_main(resume.load() if runtime.rank == 0 else None)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import unicodedata
 
 import pytest
 import torch
@@ -93,7 +94,10 @@ def test_subfolders_are_classes(pets, capsys):
     train, test = counts(data.train), counts(data.evaluation)
     assert [sum(pair) for pair in zip(train, test, strict=True)] == [10, 10, 10] and min(test) > 0
     assert data.train.labels[:9].unique().numel() > 1  # mixed: --limit-images takes the first
-    assert capsys.readouterr().err == ""
+    told = (
+        f"3 classes ({', '.join(PETS)}): {sum(train)} pictures to train on, {sum(test)} to test on"
+    )
+    assert capsys.readouterr().err == f"{told}\n"
     colour = torch.tensor([1, 0, 2])  # PETS are green, red and blue: each picture has its own label
     for split in (data.train, data.evaluation):
         assert torch.equal(split.images.float().mean((2, 3)).argmax(1), colour[split.labels])
@@ -132,6 +136,43 @@ def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
     assert digests(after) == digests(before)
     found = [os.path.basename(path) for path in pictures_below(tmp_path / "set" / "test" / "a")]
     assert found == [f"{name}.png" for name in names]
+
+
+@pytest.mark.parametrize("name", ["{} data", "{}_set", "{}-images", "{}"])
+def test_splits_have_usual_names(pets, name):
+    for part in ("Train", "Test"):
+        shutil.copytree(pets, pets.parent / "parts" / name.format(part))
+    data = load(pets.parent / "parts")
+    assert (data.class_names, len(data.train), len(data.evaluation)) == (PETS, 30, 30)
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_test_pictures_without_classes_are_left_out(pets, capsys, val):
+    """As competitions have them."""
+    root = pets.parent / "parts"
+    for part in ("train", "val") if val else ("train",):
+        shutil.copytree(pets, root / part)
+    (root / "test").mkdir()
+    picture("red", 1).save(root / "test" / "1.jpg")
+    data = load(root)
+    assert len(data.train) + len(data.evaluation) == (60 if val else 30)
+    assert f"{root}/test: no classes' folders in it, so it is not used" in capsys.readouterr().err
+
+
+def test_the_split_is_the_same_however_accents_are_written():
+    """A Mac writes them as characters of their own, and most copies to Linux do not."""
+    composed = [f"/a/Möwe/{number}.png" for number in range(100)]
+    apart = [unicodedata.normalize("NFD", path) for path in composed]
+    assert apart != composed
+    found = [split_class(paths, "/a") for paths in (composed, apart)]
+    for one, other in zip(*found, strict=True):
+        assert one == [unicodedata.normalize("NFC", path) for path in other]
+
+
+def test_a_folder_called_like_a_built_in_set_is_told(tmp_path, capsys):
+    (tmp_path / "digits").mkdir()
+    load_data(Config(dataset="digits", limit_images=10))
+    assert "./digits means the folder here" in capsys.readouterr().err
 
 
 def test_a_link_beside_its_folder_does_not_change_the_names(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Whole runs by `main(argv)`: what they print, write, return, and how they fail."""
 
+import errno
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -636,7 +638,7 @@ def test_a_long_training_tells_how_long_it_will_take(capsys, seconds, told):
     config = classifier.Config()
     data = SimpleNamespace(name="cifar10")
     training = SimpleNamespace(config=config, sampler=range(391), epoch=2, data=data)
-    classifier.tell_duration(training, seconds)
+    classifier.tell_duration(training, False, seconds)
     err = capsys.readouterr().err
     assert ("this takes about 0:23:28 here" in err) == told == ("about 0:07:09 for 94.2%" in err)
 
@@ -663,9 +665,44 @@ def test_another_training_is_not_promised_the_usual_accuracy(capsys, change):
         epoch=2,
         data=SimpleNamespace(name="cifar10"),
     )
-    classifier.tell_duration(training, 0.2)
+    classifier.tell_duration(training, False, 0.2)
     err = capsys.readouterr().err
-    assert "this takes about 0:23:28 here" in err and "94.2%" not in err
+    assert "this takes about 0:23:28 here; an interrupted" in err and "94.2%" not in err
+
+
+def test_several_seeds_are_not_promised_a_resume(capsys, monkeypatch):
+    monkeypatch.setattr(classifier, "LONG_TRAINING", 0.0)
+    err = run(capsys, *TRAIN, "--repeats", 2)[2]
+    assert len(re.findall("this takes about .* here for each seed\n", err)) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_training_needs_no_stdout(cpu, capsys, monkeypatch, number):
+    """As after its terminal was closed. Nothing is left of predict then, so that ends."""
+
+    def write(_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+        assert classifier.main(["--mode", "train", *TRAIN[2:]]) == 0
+        with pytest.raises(OSError):
+            classifier.emit({}, "text", classifier.Config(mode="predict"), cpu)
+    assert "stdout cannot be written" in capsys.readouterr().err
+    assert os.path.exists("digits_model.pth")
+
+
+def test_a_third_interrupted_training_keeps_the_first(capsys, monkeypatch):
+    for _ in range(3):
+        interrupted(monkeypatch, capsys, *LITTLE, after=1)
+    found = sorted(path.name for path in Path().glob("*.resume*"))
+    assert found == [f"digits_model.pth.resume{end}" for end in ("", ".old", ".old1")]
+
+
+def test_an_unfinished_training_is_no_damaged_model(capsys, monkeypatch):
+    interrupted(monkeypatch, capsys, *LITTLE, after=1)
+    code, _, err = run(capsys, *EVALUATE, "digits_model.pth.resume")
+    assert code == 1 and "is an unfinished training: --mode train --resume finishes it" in err
 
 
 def test_a_closed_stderr_does_not_stop_json(cpu, capsys, monkeypatch):

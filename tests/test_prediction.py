@@ -176,6 +176,13 @@ def test_photos_are_answered_by_the_mean_over_letterbox_and_center_squares(saved
         np.testing.assert_allclose([by_name[name] for name in "0123456789"], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(10000, 300), (300, 9000), (3000, 90), (4000, 3000), (900, 48)])
+def test_strips_have_center_squares_too(size):
+    image = classifier.read_image(encoded(Image.new("RGB", size)))
+    assert len(center_squares(image, False)) == 2
+    assert image.width * image.height <= 1024**2
+
+
 @pytest.mark.parametrize("flip", [True, False])
 def test_views_follow_the_models_flip_and_tta(saved, flip):
     predictor = cached_model(saved(flip=flip), "cpu", False)
