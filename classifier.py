@@ -33,7 +33,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import platform
@@ -394,12 +394,16 @@ def loggable(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+def quoted(*words: str) -> str:
+    """Words as this system's shell reads them."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def command_line(*added: str) -> str:
     """The command as it was typed and the flags `added`, without secrets."""
     words = sys.argv + [flag for flag in added if flag not in sys.argv]
     start = "torchrun [its flags]" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    join: Callable = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return f"{start} {join([redact(word) for word in words])}"
+    return f"{start} {quoted(*map(redact, words))}"
 
 
 def duration(seconds: float) -> str:
@@ -740,6 +744,15 @@ def hold_lock(path: Path, timeout: float, message: str) -> Iterator[None]:
             lock.release()
 
 
+def move_file(source: Path, target: Path) -> None:
+    """`os.replace`, tried again if a virus scanner has the file open for a moment (Windows)."""
+    for pause in (0.1, 0.4, 1.5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    os.replace(source, target)
+
+
 def save_atomically(payload: Record, path: Path) -> None:
     """Writes a temporary file, then renames it to `path`: a crash leaves the old file intact."""
     content = io.BytesIO()  # torch.save to a file turns errors and a stop into RuntimeErrors
@@ -750,7 +763,7 @@ def save_atomically(payload: Record, path: Path) -> None:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        move_file(beside, path)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error}") from None
     finally:
@@ -1170,9 +1183,12 @@ def shuffled(count: int) -> Tensor:
 @contextlib.contextmanager
 def open_data_dir(data_dir: Path) -> Iterator[bool]:
     """Yields True and locks `data_dir` if it is writable, else yields False."""
+    writable, probe = False, data_dir / f".{os.getpid()}.probe"
     with contextlib.suppress(OSError):
         data_dir.mkdir(parents=True, exist_ok=True)
-    writable = data_dir.is_dir() and os.access(data_dir, os.W_OK)
+        probe.touch()  # on Windows, `os.access` says yes to every folder
+        probe.unlink()
+        writable = True
     waiting = f"waiting for another process that writes to {data_dir}"
     with hold_lock(data_dir / ".lock", -1, waiting) if writable else contextlib.nullcontext():
         yield writable
@@ -1977,8 +1993,9 @@ def reserve_model_path(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
-        with tempfile.NamedTemporaryFile(prefix=f"{path.name}.resume.", dir=path.parent):
-            pass  # longer than any file name to come
+        probe = path.with_name(f"{path.name}.resume.{os.getpid():08d}")
+        probe.touch()  # longer than any name to come; Windows' `tempfile` could try for ever
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--model-path {path} cannot be written: {error.strerror}") from None
     refusal = f"another training is writing {path}: wait for it or use another --model-path"
@@ -2038,7 +2055,7 @@ class ResumeFile:
                 return
         names = (f"{self.path.name}.old{number or ''}" for number in itertools.count())
         old = next(each for each in map(self.path.with_name, names) if not each.exists())
-        os.replace(self.path, old)
+        move_file(self.path, old)
         log(f"an unfinished training was moved to {old}; --resume would have continued it")
 
 
@@ -2364,9 +2381,11 @@ class Training:
             self.wait_seconds += time.perf_counter() - started
             if Stopped.pending:
                 raise Stopped.pending
+            if number == 1:  # workers and device start before the first batch
+                began = started
             known = started - began > SPEED_TRIAL or number == len(self.sampler) - 1
-            if number and known and self.tell_speed:
-                self.tell_speed((started - began) / number)
+            if number > 1 and known and self.tell_speed:
+                self.tell_speed((started - began) / (number - 1))
                 self.tell_speed = None
             yield self.runtime.move(*batch)
             started = time.perf_counter()
@@ -2939,7 +2958,7 @@ class MlflowTracker(Tracker):
                 pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in packages],
             )
         serve = f"mlflow models serve --env-manager local --port 5001 -m {stored.model_uri}"
-        log(f"serve it: MLFLOW_TRACKING_URI={shlex.quote(self.uri)} {serve}")
+        log(f"serve it: MLFLOW_TRACKING_URI={quoted(self.uri)} {serve}")
 
     def close(self, status: str) -> None:
         self.send(self.store_status, status=status)
@@ -2950,7 +2969,7 @@ class MlflowTracker(Tracker):
             return  # the parent prints the link; Databricks shows its own pages
         server, mode = self.uri, self.config.mode
         if not re.match("https?://", server):
-            log(f"to compare runs, start: mlflow ui --backend-store-uri {shlex.quote(server)}")
+            log(f"to compare runs, start: mlflow ui --backend-store-uri {quoted(server)}")
             server = "http://127.0.0.1:5000"
         page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
         log(f"compare runs: {server}/{page}&viewStateShareKey={mode}")
@@ -3023,6 +3042,8 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
         for line in lines:
             print(line, flush=True)
     except OSError as error:  # a full disk, or a terminal that was closed
+        if os.name == "nt" and error.errno == errno.EINVAL:  # a closed pipe (python/cpython#79935)
+            raise BrokenPipeError from None
         if isinstance(error, BrokenPipeError) or config.mode != "train":
             raise
         log(f"stdout cannot be written ({error.strerror}); training goes on")
@@ -3456,6 +3477,9 @@ class Benchmark:
             child.start()
             signal.signal(signal.SIGINT, before)
             sender.close()
+            multiprocessing.connection.wait([receiver, child.sentinel])
+            if not receiver.poll():  # it died; on Windows, `recv` could wait for ever
+                raise EOFError
             return receiver.recv()
         except EOFError:
             log(f"{name} was not measured: its process died")

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -428,12 +429,15 @@ def test_nothing_is_written_into_the_folder_of_pictures(pets, monkeypatch):
 def test_without_a_place_for_the_cache_the_pictures_are_read(
     pets, reads, monkeypatch, obstacle, capsys
 ):
-    def full(payload, path):
-        raise UserError(f"{path} could not be written: No space left on device")
+    def full(*_, **__):
+        raise UserError("the cache could not be written: No space left on device")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
 
     if obstacle == "read-only":
         os.mkdir("data")
-        monkeypatch.setattr(os, "access", lambda *_: False)
+        monkeypatch.setattr(Path, "touch", refuse)
     elif obstacle == "a file":
         open("data", "w").close()
     elif obstacle == "long name":

@@ -692,6 +692,39 @@ def test_a_training_needs_no_stdout(cpu, capsys, monkeypatch, number):
     assert os.path.exists("digits_model.pth")
 
 
+def test_windows_closes_pipes_in_another_way(cpu, monkeypatch):
+    def write(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(os, "name", "nt")
+        classifier.emit({}, "text", classifier.Config(), cpu)
+
+
+@pytest.mark.parametrize("failures", [0, 2, 9])
+def test_a_file_that_a_scanner_holds_for_a_moment_is_replaced(tmp_path, monkeypatch, failures):
+    """As virus scanners do on Windows."""
+    calls, real = [], os.replace
+
+    def replace_(source, target):
+        calls.append(target)
+        if len(calls) <= failures:
+            raise PermissionError(13, "in use")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    path = tmp_path / "file"
+    if failures < 9:
+        classifier.save_atomically({"a": 1}, path)
+        assert classifier.load_whole(path) == {"a": 1} and len(calls) == failures + 1
+    else:
+        with pytest.raises(classifier.UserError, match="could not be written"):
+            classifier.save_atomically({"a": 1}, path)
+        assert len(calls) == 4 and not list(tmp_path.iterdir())
+
+
 def test_a_third_interrupted_training_keeps_the_first(capsys, monkeypatch):
     for _ in range(3):
         interrupted(monkeypatch, capsys, *LITTLE, after=1)
