@@ -99,15 +99,15 @@ class UserError(Exception):
 
 
 def setting(
-    group: str, default: Any, help: str, short: str = "", fixed: bool = True, **limits: Any
+    group: str, default: Any, help: str, short: str = "", *, free: bool = False, **limits: Any
 ) -> Any:
     """A dataclass field with a setting's metadata; `short` is its abbreviation in run names.
 
-    A resumed run must not change a setting that has one, unless `fixed` is False. `limits` are
+    A resumed run must not change a setting that has one, unless it is `free`. `limits` are
     `least`, `most`, `above`, `choices`, `pattern`, `path` (~ is the home folder) and `const` (the
     value of a flag without one).
     """
-    known = {"group": group, "help": help, "short": short, "fixed": bool(short) and fixed}
+    known = {"group": group, "help": help, "short": short, "fixed": bool(short) and not free}
     return field(default=default, metadata=known | limits)
 
 
@@ -144,9 +144,9 @@ class Config:
     mode: str = in_all("train", "task", choices=("train", "evaluate", "predict", "benchmark"))
     model_path: str | None = in_all(None, "model file (auto: <dataset>_model.pth)", path=True)
     device: str = in_all("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
-    amp: bool | None = in_all(None, "mixed precision (auto: on where it is fast)", "amp", False)
+    amp: bool | None = in_all(None, "mixed precision (auto: on where it is fast)", "amp", free=True)
     compile: bool | None = in_all(
-        None, "torch.compile (auto: long trainings on CUDA)", "compile", False
+        None, "torch.compile (auto: long trainings on CUDA)", "compile", free=True
     )
     json: bool = in_all(False, "JSON Lines on stdout; human-readable text on stderr")
 
@@ -185,7 +185,7 @@ class Config:
         "where to get CIFAR-10, tried in order (default: two mirrors, then the official server)",
     )
     num_workers: int | None = in_data(
-        None, "DataLoader processes (auto: usable CPUs, at most 8)", "j", False, least=0, most=1024
+        None, "loader processes (auto: usable CPUs, at most 8)", "j", free=True, least=0, most=1024
     )
     holdout: int = in_data(0, "training images held out for choosing settings", "hold", least=0)
     limit_images: int | None = in_data(
@@ -312,6 +312,7 @@ def check_limits(value: Any, limits: Mapping[str, Any]) -> None:
 
 def value_parser(hint: Any, limits: Mapping[str, Any]) -> Callable[[str], Any]:
     """A function that turns a flag's text into its value."""
+    # int of `int` and `int | None`, str of `tuple[str, ...]`
     kind = next(each for each in (*get_args(hint), hint) if each in (int, float, str))
 
     def parse(text: str) -> Any:
@@ -458,6 +459,13 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
     """The first signal to stop raises `Stopped`; a second one ends the process at once."""
+    # A closed terminal sends SIGHUP, which nohup ignores; SLURM may announce its end by SIGUSR1.
+    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        names.append("SIGHUP")
+    handled = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []  # Python sets handlers in the main thread only
 
     def stop(signum: int, _frame: Any) -> None:
         for each in handled:
@@ -467,19 +475,12 @@ def stop_signals() -> Iterator[None]:
         Stopped.pending = Stopped(signum)
         raise Stopped.pending
 
-    # A closed terminal sends SIGHUP, which nohup ignores; SLURM may announce its end by SIGUSR1.
-    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        names.append("SIGHUP")
-    handled = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        handled = []
-    before = [(each, signal.signal(each, stop)) for each in handled]
+    before = {each: signal.signal(each, stop) for each in handled}
     try:
         yield
     finally:
         Stopped.pending = None
-        for each, handler in before:
+        for each, handler in before.items():
             signal.signal(each, handler)
 
 
@@ -623,6 +624,7 @@ class Runtime:
         """Peak GPU memory on CUDA, else peak resident memory of this process (on Linux)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
+        # Not `getrusage`: a child's figure starts at its parent's.
         with contextlib.suppress(OSError, IndexError):
             return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
         return None
@@ -696,12 +698,15 @@ def accelerate(
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(runtime.amp_dtype)
-    reason = "as asked" if compile else "--no-compile, or too little work"
     if compile is None:
-        compile, reason = runtime.device.type == "cuda", "auto: on for CUDA only"
+        compile = runtime.device.type == "cuda"
+        reason = "auto: on for CUDA only"
+    else:
+        reason = "as asked" if compile else "--no-compile, or too little work"
     if not compile:
         return model, CompileReport(False, reason)
-    before, started = copy.deepcopy(model.state_dict()), time.perf_counter()
+    before = copy.deepcopy(model.state_dict())  # the calls below change BatchNorm's statistics
+    started = time.perf_counter()
     try:
         # Each image size of a training takes 8 s; one dynamic graph for all took 35 s or more.
         net: Any = torch.compile(model, dynamic=False if model.training else None)
@@ -816,28 +821,35 @@ _decoding = threading.Lock()
 
 
 def jpeg_scans(data: bytes) -> int:
-    """Number of scans of a JPEG's first image; at least 2 if libjpeg decodes at full size."""
-    scans, position, components, together = 0, 2, b"", False
+    """Number of scans of a JPEG's first image; at least 2 if libjpeg decodes at full size.
+
+    It does so where it must combine scans: in a progressive JPEG, or if one lacks a component.
+    """
+    scans, position = 0, 2
+    components, combined = b"", False
     while found := JPEG_SEGMENT.search(data, position):
-        kind, position = found[1], found.end()
+        kind = found[1]
+        position = found.end()  # of the segment: 2 bytes of its length, then its content
         if kind == b"\xd9":  # the end of the image
             break
         if kind in b"\xc0\xc1\xc2\xc9\xca":  # a frame; the last two use arithmetic coding
-            together, components = kind in b"\xc2\xca", data[position + 7 : position + 8]
-        elif kind == b"\xda":
+            components = data[position + 7 : position + 8]  # their number; empty if cut off
+            combined = kind in b"\xc2\xca"  # progressive
+        elif kind == b"\xda":  # a scan
             scans += 1
-            together |= data[position + 2 : position + 3] != components
+            combined = combined or data[position + 2 : position + 3] != components
         position += int.from_bytes(data[position : position + 2], "big")
-    return max(scans, 2 * together)
+    return max(scans, 2) if combined else scans
 
 
 def gray_levels(image: Image.Image, white_first: bool) -> Image.Image:
     """An integer or float picture as 8-bit gray; Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    largest, slack = values.max(initial=0), 1.25 if image.mode == "F" else 1  # overshoots
+    largest = values.max(initial=0)
+    slack = 1.25 if image.mode == "F" else 1  # floats may overshoot white
     scales = GRAY_SCALES[2:] if image.mode.startswith("I;16") else GRAY_SCALES
-    full = next((scale for scale in scales if largest <= slack * scale), largest)
-    levels = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
+    white = next((scale for scale in scales if largest <= slack * scale), largest)
+    levels = (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
     gray = Image.fromarray(255 - levels if white_first else levels)
     if isinstance(transparent := image.info.get("transparency"), int):
         gray.putalpha(Image.fromarray(np.uint8(255) * (values != transparent)))
@@ -872,15 +884,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("the picture has no pixels")
     image.load()
     profile = image.info.get("icc_profile")
-    white_first = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's photometric interpretation
-    with contextlib.suppress(Exception):  # broken EXIF is no reason to reject a picture
+    tags = getattr(image, "tag_v2", {})  # a TIFF's; `transpose` and `reduce` drop them
+    white_first = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    # ImageOps.exif_transpose fails if another tag is wrong (python-pillow/Pillow#8965).
+    with contextlib.suppress(Exception):  # usually KeyError: no turn; or the EXIF is broken
         image = image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
     # Averaged to a long side of 512 to 1,023 first; a strip less, as center squares need its width.
     short, long = sorted(image.size)
     least = max(1, short // (2 * SQUARE_SIZE), math.isqrt(short * long) // 1024)
     factor = min(long // (16 * IMAGE_SIZE), least)
     if factor > 1 and image.mode in ("I", "F"):  # 4 bytes a pixel, which NumPy would copy twice
-        image, factor = image.reduce(factor), 1  # 1: done
+        image = image.reduce(factor)
+        factor = 1
     if image.mode.startswith(("I", "F")):
         image = gray_levels(image, white_first)
     if image.mode in ("1", "P", "PA"):  # `reduce` cannot average these
@@ -899,10 +914,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def mend_transparency(image: Any) -> None:
     """Corrects which pixels of an opened PNG or BMP are transparent."""
-    layout, transparent = image.tile and image.tile[0][3], image.info.get("transparency")
+    layout = image.tile[0][3] if image.tile else ""
+    transparent = image.info.get("transparency")
     if transparent is not None:  # in the file's own depth (python-pillow/Pillow#9281)
-        if layout in ("L;2", "L;4"):
-            image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[layout]
+        if layout == "L;2":  # 0 to 3
+            image.info["transparency"] = transparent * 85
+        elif layout == "L;4":  # 0 to 15
+            image.info["transparency"] = transparent * 17
         elif layout == "RGB;16B":
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
@@ -924,8 +942,8 @@ def check_size(image: Any, file: Any) -> None:
         raise UserError("a BMP with run-length encoding is not supported: save it as PNG")
     if codec == "ppm_plain":
         most = MAX_TEXT_PIXELS
-    tags = getattr(image, "tag_v2", {})
-    tile = tags.get(322, 0) * tags.get(323, 0)  # a TIFF tile (width, length) is decoded whole
+    tags = getattr(image, "tag_v2", {})  # a TIFF's; each of its tiles is decoded whole
+    tile = tags.get(ExifTags.Base.TileWidth, 0) * tags.get(ExifTags.Base.TileLength, 0)
     if max(image.width * image.height, tile) > most:
         size = f"{image.width}x{image.height} pixels"
         raise UserError(f"{size}: more than {most // 10**6} million are not supported")
@@ -972,9 +990,11 @@ def tiff_layout(file: Any) -> str:
     tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
     file.seek(tags.next)
     tags.load(file)
-    bits, form = tags.get(258, (1,)), {2: "signed", 3: "float"}.get(tags.get(339, (1,))[0], "")
-    layout = f"{len(bits)} x {bits[0]} {form} bits".replace("  ", " ")
-    return f"a TIFF with {layout} and compression {tags.get(259, 1)}"
+    bits = tags.get(ExifTags.Base.BitsPerSample, (1,))
+    form = tags.get(ExifTags.Base.SampleFormat, (1,))[0]
+    numbers = {2: "signed bits", 3: "float bits"}.get(form, "bits")
+    compression = tags.get(ExifTags.Base.Compression, 1)
+    return f"a TIFF with {len(bits)} x {bits[0]} {numbers} and compression {compression}"
 
 
 def decode(file: Any, head: bytes) -> Image.Image:
@@ -1020,9 +1040,10 @@ def picture_source(source: Any) -> Any:
         return Image.fromarray(np.ascontiguousarray(source))
     if isinstance(source, bytearray | memoryview):
         return bytes(source)
-    is_text = isinstance(source, io.TextIOBase)  # opened without "rb"
-    if hasattr(source, "read") and not is_text and isinstance(content := source.read(), bytes):
-        return content
+    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):  # opened with "rb"
+        content = source.read()
+        if isinstance(content, bytes):
+            return content
     if isinstance(source, str | os.PathLike | bytes | Image.Image):
         return source
     raise TypeError(f"a picture must be {SOURCES}, not {type(source).__name__}")
@@ -1300,8 +1321,9 @@ def load_digits() -> ImageData:
     large = F.interpolate(small, size=IMAGE_SIZE, mode="bilinear").round().byte()
     both = Split(large.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(bundled.target).long())
     order, test_count = shuffled(len(both)), len(both) // 5
-    names, train = tuple(map(str, bundled.target_names)), both.take(order[test_count:])
-    test, source = both.take(order[:test_count]), "https://archive.ics.uci.edu/dataset/80"
+    train, test = both.take(order[test_count:]), both.take(order[:test_count])
+    names = tuple(map(str, bundled.target_names))
+    source = "https://archive.ics.uci.edu/dataset/80"
     return ImageData("digits", names, train, test, flip=False, source=source)
 
 
@@ -1359,7 +1381,8 @@ def split_class(paths: list[str], root: str) -> tuple[list[str], list[str]]:
         digest = hashlib.sha256(b"%d/" % SPLIT_SEED + os.fsencode(name)).digest()
         return int.from_bytes(digest[:4])
 
-    order, tenth = sorted(paths, key=draw), sum(10 * draw(path) < 2**32 for path in paths)
+    order = sorted(paths, key=draw)
+    tenth = sum(10 * draw(path) < 2**32 for path in paths)
     count = min(max(1, tenth), len(paths) - 1)
     return order[count:], order[:count]
 
@@ -1392,7 +1415,8 @@ def find_split_folders(root: str) -> dict[str, str]:
 
 def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Training and test pictures by class; UserError if they do not form a data set."""
-    folders, test = find_split_folders(root), cast(dict[str, list[str]], {})
+    folders = find_split_folders(root)
+    test: dict[str, list[str]] = {}
     train = find_classes(folders.get("train", root))
     places = [folders[kind] for kind in ("test", "validation") if kind in folders]
     for path in [each for each in places if not subfolders(each)]:
@@ -1430,6 +1454,8 @@ def read_pictures(paths: list[str], cache: Path, keep: bool) -> tuple[Tensor, di
         with contextlib.suppress(OSError):  # a broken link, reported below
             status = os.stat(path)
             sha.update(b"\n%d/%d" % (status.st_size, status.st_mtime_ns))
+    images = torch.zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    unread = list(range(len(paths)))
     errors: dict[int, str] = {}
 
     def read(number: int) -> None:
@@ -1439,14 +1465,12 @@ def read_pictures(paths: list[str], cache: Path, keep: bool) -> tuple[Tensor, di
             errors[number] = str(error)
 
     with open_data_dir(cache.parent) if keep else contextlib.nullcontext(False) as writable:
-        images = torch.zeros(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-        unread = list(range(len(paths)))
         with contextlib.suppress(Exception):  # a missing or damaged cache is rebuilt
             if (saved := load_whole(cache))["key"] == sha.digest():
                 images, unread = saved["images"], saved["unread"]  # the causes may be gone
         with ThreadPoolExecutor(min(usable_cpus(), DECODERS)) as pool:
             list(progress(pool.map(read, unread), "reading pictures", len(unread)))
-        if writable and len(errors) < len(unread):
+        if writable and len(errors) < len(unread):  # the cache lacks what was read now
             content = {"key": sha.digest(), "images": images, "unread": list(errors)}
             try:
                 save_atomically(content, cache)
@@ -1476,11 +1500,13 @@ def report_copies(train: Split, test: Split, paths: list[str]) -> None:
     images, labels = (*train.images, *test.images), torch.cat([train.labels, test.labels]).tolist()
     keys = [hashlib.sha256(image.numpy().data).digest() for image in images]
     trained = set(keys[: len(train)])
-    first = dict(zip(reversed(keys), reversed(labels), strict=True))
-    tested = zip(paths[len(train) :], keys[len(train) :], strict=True)
-    both = [path for path, key in tested if key in trained]
-    rows = zip(paths, keys, labels, strict=True)
-    two = [path for path, key, label in rows if first[key] != label]
+    classes: dict[bytes, int] = {}  # of each picture's first copy
+    both, two = [], []
+    for number, (path, key, label) in enumerate(zip(paths, keys, labels, strict=True)):
+        if number >= len(train) and key in trained:
+            both.append(path)
+        if classes.setdefault(key, label) != label:
+            two.append(path)
     what = f"of {len(test)} test pictures are also training pictures"
     for found, problem in ((both, what), (two, "pictures are also in another class")):
         if found:
@@ -1499,7 +1525,8 @@ def load_folder(config: Config, training: bool) -> ImageData:
     keep = not data_dir.resolve().is_relative_to(Path(root).resolve())
     cache = f"{config.data_name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
     train_classes, test_classes = find_splits(root)
-    names, train = list(train_classes), NO_IMAGES
+    names = list(train_classes)
+    train = NO_IMAGES
     if training:
         place = data_dir / f"{cache}-train.cache"
         train, train_paths = load_pictures(train_classes, names, place, keep)
@@ -1575,7 +1602,7 @@ def start_worker(_worker: int) -> None:
 def epoch_generator(seed: int, epoch: int, stream: int = 0, device: Any = "cpu") -> torch.Generator:
     """A generator seeded by these arguments alone, so a resumed run draws the same numbers."""
     drawn = np.random.SeedSequence((seed, epoch, stream)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(drawn) >> 1)
+    return torch.Generator(device).manual_seed(int(drawn) >> 1)  # torch takes 63 bits
 
 
 class BatchSampler(Sampler):
@@ -1590,7 +1617,8 @@ class BatchSampler(Sampler):
         self.count, self.runtime = count, runtime
         self.batch_size, self.seed = config.batch_size, config.seed
         equal = count // runtime.world_size
-        self.share = equal - equal % self.batch_size or equal  # images per epoch
+        whole = equal - equal % self.batch_size  # images in whole batches
+        self.share = whole or equal  # images per epoch
 
     def __len__(self) -> int:
         return math.ceil(self.share / self.batch_size)
@@ -1639,7 +1667,7 @@ def shifted_views(images: Tensor, flip: bool) -> Tensor:
     """Uint8 (V, N, 3, S, S): the images (N, 3, S, S) plain and shifted by (-1, -1) and (1, 1), and
     with `flip` each also flipped (airbench's multi-crop)."""
     views = []
-    for shift, flipped in itertools.product((0, -1, 1), (False, True)[: 1 + flip]):
+    for shift, flipped in itertools.product((0, -1, 1), (False, True) if flip else (False,)):
         offsets = torch.full((2, len(images)), shift, device=images.device)
         flips = torch.full_like(offsets[0], flipped, dtype=torch.bool)
         views.append(move_pixels(images, offsets, flips))
@@ -1737,6 +1765,7 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     The filters are the eigenvectors of the 2x2 patches' covariance, each divided by the root of
     its eigenvalue, and their negatives, since GELU follows (tysam-code/hlb-CIFAR10).
     """
+    # From histograms: the images as floats would take four times their memory.
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     shares = torch.stack(counts).double()
     shares = shares / shares.sum(1, keepdim=True)
@@ -1744,7 +1773,7 @@ def pixel_statistics(images: Tensor) -> PixelStatistics:
     mean = (shares * levels).sum(1)
     std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
     sample = normalize(images[:1000].double(), mean.view(3, 1, 1), std.view(3, 1, 1))
-    patches = sample.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    patches = F.unfold(sample, 2).transpose(1, 2).reshape(-1, 12)  # each 3 channels of 2x2
     eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     # Gray images leave some directions empty. BatchNorm would amplify their noise, so other
     # directions replace them.
@@ -1878,12 +1907,13 @@ class SavedModel(NamedTuple):
 
     def as_trained(self, config: Config) -> Config:
         """`config` with the model's data and recipe: evaluate then gives train's figures."""
-        asked, then, groups = config.dataset, self.settings, (TRAINING, RECIPE)
+        asked = config.dataset
         if asked in DATASETS and asked != self.dataset:
             raise UserError(f"--dataset {asked}: {config.model_file} was trained on {self.dataset}")
-        names = [each.name for each in fields(config) if each.metadata["group"] in groups]
-        names += [name for name in ("amp", "limit_images") if getattr(config, name) is None]
-        changes = {name: then[name] for name in names if name in then}
+        groups = (TRAINING, RECIPE)
+        names = {each.name for each in fields(config) if each.metadata["group"] in groups}
+        names |= {name for name in ("amp", "limit_images") if getattr(config, name) is None}
+        changes = {name: value for name, value in self.settings.items() if name in names}
         return replace(config, **changes | {"dataset": asked or self.dataset, "flip": self.flip})
 
 
@@ -1977,13 +2007,13 @@ def load_model(path: Path) -> SavedModel:
                 raise ValueError(f"invalid {name}")
         model.load_state_dict(saved["weights"], assign=True)
         keys = ("dataset", "flip", "temperature", "settings", "train_digest")
-        known = [saved[key] for key in keys]
+        known = {key: saved[key] for key in keys}
     except KeyError as error:
         raise UserError(f"{path} is damaged: it lacks {error}") from None
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
     names = tuple(unicodedata.normalize("NFC", name) for name in saved["class_names"])
-    return SavedModel(model.eval(), names, *known)
+    return SavedModel(model.eval(), names, **known)
 
 
 @contextlib.contextmanager
@@ -2107,17 +2137,19 @@ class Muon(torch.optim.Optimizer):
         and rates grow with the batch (arXiv:1706.02677). SGD's gain from momentum is divided out.
         """
         ratio = batch / REFERENCE_BATCH
-        slow = 1 - (1 - config.momentum) / HEAD_MEMORY
+        slow = 1 - (1 - config.momentum) / HEAD_MEMORY  # momentum of the head and the biases
         lr = config.peak_lr * ratio
         sgd = lr * (1 - slow**ratio) / (1 - slow)
         rates = {"filters": lr, "head": HEAD_RATE * sgd, "biases": BIAS_RATE * sgd}
         groups = []
         for name, parameters in model.parameter_groups().items():
-            momentum, decay = slow**ratio, config.weight_decay * ratio / rates[name]
+            group = {"params": parameters, "peak_lr": rates[name]}
             if name == "filters":
-                momentum, decay = config.momentum**ratio, 0.0
-            group = {"params": parameters, "peak_lr": rates[name], "momentum": momentum}
-            groups.append(group | {"weight_decay": decay})
+                group |= {"momentum": config.momentum**ratio, "weight_decay": 0.0}
+            else:  # the division: `step` multiplies the decay by the rate
+                decay = config.weight_decay * ratio / rates[name]
+                group |= {"momentum": slow**ratio, "weight_decay": decay}
+            groups.append(group)
         return cls(groups, {})
 
     @torch.no_grad()
@@ -2241,7 +2273,8 @@ def evaluate(
     error is for the answers (with `tta`) at `temperature`, over 15 equal bins of confidence.
     UserError if the loss is not finite.
     """
-    started, classes, plain_parts, mean_parts = time.perf_counter(), len(data.class_names), [], []
+    started = time.perf_counter()
+    plain_parts, mean_parts = [], []
     net.eval()
     share = data.evaluation.take(slice(runtime.rank, None, runtime.world_size))
     # `net` must not be DDP: ranks with fewer batches would deadlock.
@@ -2254,7 +2287,8 @@ def evaluate(
         mean_parts.append(logits.mean(0))
     plain = runtime.gather(torch.cat(plain_parts))  # (N, classes), N in all
     mean = runtime.gather(torch.cat(mean_parts))
-    truth, count = runtime.gather(share.labels), len(data.evaluation)
+    truth = runtime.gather(share.labels)  # (N,)
+    count, classes = len(data.evaluation), len(data.class_names)
     loss = float(F.cross_entropy(plain, truth, reduction="sum")) / count
     if not math.isfinite(loss):
         raise UserError("the network's answers are not finite: train with a lower --lr or --no-amp")
@@ -2300,15 +2334,14 @@ def resolved_settings(
 
 def build_model(config: Config, data: ImageData) -> CifarNet:
     """A new network, or --init-from's; UserError if that one may have seen held-out images."""
-    shape, saved, problem = dict(CifarNet.SHAPE), None, f"--init-from {config.init_from}"
-    if config.init_from:
-        saved = load_model(Path(config.init_from))
-        shape = saved.model.settings
+    problem = f"--init-from {config.init_from}"
+    saved = load_model(Path(config.init_from)) if config.init_from else None
+    shape = dict(saved.model.settings if saved else CifarNet.SHAPE)
     for name, value in shape.items():
-        if getattr(config, name) not in (None, value):
-            if saved:
-                raise UserError(f"{problem}: its {name} is {value}; leave --{name} out")
-            shape[name] = getattr(config, name)
+        asked = getattr(config, name) or value
+        if saved and asked != value:
+            raise UserError(f"{problem}: its {name} is {value}; leave --{name} out")
+        shape[name] = asked
     statistics = pixel_statistics(data.train.images)
     model = CifarNet(classes=len(data.class_names), statistics=statistics, **shape)
     if not saved:
@@ -2338,24 +2371,29 @@ class Training:
             raise UserError(f"{count} training images are too few for {processes} processes")
         options = loader_options(config.num_workers, runtime)
         self.loader = build_loader(data.train, self.sampler, options)
+
+        # An update cannot span more than one epoch.
+        self.steps = min(config.accumulate_grad_steps, batches)
+        self.total = config.epochs * math.ceil(batches / self.steps)  # updates in all epochs
+        self.updates = 0  # those done
+        self.skipped = 0  # those that a float16 overflow prevented
+
         torch.manual_seed(config.seed)
         self.model = build_model(config, data).train()
         example = data.train.images[: min(share, config.batch_size)]
         sizes = {config.image_size(tenths / 10) for tenths in range(10)}  # all of the schedule's
         examples = [resize(example, size) for size in sizes]
-        # An update cannot span more than one epoch.
-        self.steps = min(config.accumulate_grad_steps, batches)
-        self.total = config.epochs * math.ceil(batches / self.steps)
         compile = config.compile
         if compile is None and self.total < COMPILED_UPDATES:
             compile = False
         net, self.report = accelerate(self.model, runtime, compile, *examples)
         self.replica: Any = runtime.distribute(net)
+
         batch = min(config.batch_size * self.steps, share) * runtime.world_size
         self.optimizer = Muon.for_model(self.model, config, batch)
         enabled = runtime.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=enabled)
-        self.updates = self.skipped = 0
+
         peak_lr = self.optimizer.param_groups[0]["peak_lr"]
         derived = {"run_effective_batch": batch, "run_peak_lr": peak_lr, "run_flip": data.flip}
         chosen = self.model.settings | config.augmentation._asdict()
@@ -2571,11 +2609,14 @@ class Predictor:
         chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
         pool = ThreadPoolExecutor(min(usable_cpus(), DECODERS))
         try:
-            loading = (pool.map if len(chunk) > 1 else map)(load, chunk)
+            loading: Iterator[Picture] = map(load, chunk)  # one picture needs no thread
+            if len(chunk) > 1:
+                loading = pool.map(load, chunk)
             while chunk:
                 upcoming = list(itertools.islice(remaining, PREDICTION_BATCH))
-                started, batch = time.perf_counter(), list(loading)
-                chunk, loading = upcoming, pool.map(load, upcoming)
+                started = time.perf_counter()
+                batch = list(loading)
+                chunk, loading = upcoming, pool.map(load, upcoming)  # while the network runs
                 best = self.answer(batch, tta).topk(min(top_k, len(names)))
                 milliseconds = 1000 * (time.perf_counter() - started) / len(batch)
                 rows = zip(batch, best.values.tolist(), best.indices.tolist(), strict=True)
@@ -2606,7 +2647,8 @@ def cached_model(
     path: str | Path, device: str = "auto", amp: bool | None = None, compile: bool | None = None
 ) -> Predictor:
     """The predictor of a model file, reused until path, file or an option changes."""
-    path, stamp = Path(path).absolute(), cast(tuple, ())
+    path = Path(path).absolute()
+    stamp: tuple[int, ...] = ()
     with contextlib.suppress(OSError):  # load_model reports it
         status = path.stat()
         stamp = status.st_mtime_ns, status.st_size, status.st_ino
@@ -2815,13 +2857,12 @@ class MlflowTracker(Tracker):
         asked = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         if not asked and (launched := os.environ.get("MLFLOW_EXPERIMENT_ID")):
             return launched
-        name, location = asked or self.config.data_name, None
+        name = asked or self.config.data_name
         if found := self.client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
             return found.experiment_id
-        if self.database:
-            location = (self.database.parent / "mlartifacts").as_uri()
+        location = (self.database.parent / "mlartifacts").as_uri() if self.database else None
         return self.client.create_experiment(name, location)
 
     def find_run(self) -> Any:
@@ -2898,18 +2939,19 @@ class MlflowTracker(Tracker):
 
     def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None:
         """The metrics of an epoch, or without `step` the final ones."""
-        first, rest = cast(Record, {}), cast(Record, {})
+        # The compare page plots the metric that was logged first: it must be a test accuracy.
+        test_accuracies: dict[str, float] = {}
+        others: dict[str, float] = {}
         for key, value in record.items():
             if key == "epoch" or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             derived = key if "/" in key else key.replace("_", "/", 1)  # test_loss: test/loss
-            percent = "accuracy" in key
-            # The compare page plots the first metric, so test accuracies come first.
-            values = first if percent and not key.startswith("train") else rest
-            rounded = float(f"{100 * value if percent else value:.6g}")
-            values[METRIC_NAMES.get(key, derived)] = rounded
-        values = first | rest
-        self.send(self.store_metrics, flush, values=values, step=step)
+            is_accuracy = "accuracy" in key
+            of_test = is_accuracy and not key.startswith("train")
+            metrics = test_accuracies if of_test else others
+            rounded = float(f"{100 * value if is_accuracy else value:.6g}")
+            metrics[METRIC_NAMES.get(key, derived)] = rounded
+        self.send(self.store_metrics, flush, values=test_accuracies | others, step=step)
 
     def store_metrics(self, when: int, values: dict[str, float], step: int) -> None:
         if step not in self.known_steps:
@@ -2929,11 +2971,13 @@ class MlflowTracker(Tracker):
         patience = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
         if patience == MLFLOW_DEFAULTS["MLFLOW_HTTP_REQUEST_TIMEOUT"]:  # the user's own value stays
             os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = UPLOAD_PATIENCE
-        ways = {".png": client.log_figure, ".json": client.log_table, ".md": client.log_text}
+        stores = {".png": client.log_figure, ".json": client.log_table, ".md": client.log_text}
         for name, make in files.items():
             try:
-                store = ways.get(Path(name).suffix, self.log_model)
-                store(self.run_id, make(), name)
+                if store := stores.get(Path(name).suffix):
+                    store(self.run_id, make(), name)
+                else:
+                    self.log_model(make())
             except Exception as error:  # tracking must never end a training
                 late = "timed out" in str(error)
                 way = "; a higher MLFLOW_HTTP_REQUEST_TIMEOUT allows more time" if late else ""
@@ -2943,7 +2987,7 @@ class MlflowTracker(Tracker):
             client.update_run(self.run_id, "RUNNING")
         client.set_tag(self.run_id, key, text)
 
-    def log_model(self, _run_id: str, path: Path, _name: str) -> None:
+    def log_model(self, path: Path) -> None:
         """For `mlflow models serve`: this script (models-from-code) and `path`, no pickle."""
         picture = io.BytesIO()
         Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (GRAY, GRAY, GRAY)).save(picture, "PNG")
@@ -2990,6 +3034,7 @@ def open_tracker(
     The run ends as the work within ends: FINISHED, FAILED, or KILLED by a signal.
     """
     tracker = Tracker()
+    # If the parent run could not be opened, its children are not tried, either.
     if config.mlflow and not runtime.rank and type(parent) is not Tracker:
         os.environ.update(MLFLOW_DEFAULTS | os.environ)
         try:
@@ -3057,7 +3102,8 @@ def image_areas(config: Config) -> list[int]:
 def epoch_row(config: Config, part: str, record: Record, seconds: float) -> str:
     """A line of the epoch table, `seconds` after the start."""
     done, areas = record["epoch"], image_areas(config)
-    left, evaluated = duration(seconds * sum(areas[done:]) / sum(areas[:done])), " " * 25
+    left = duration(seconds * sum(areas[done:]) / sum(areas[:done]))
+    evaluated = " " * 25
     if f"{part}_loss" in record:
         evaluated = f"{record[f'{part}_loss']:12.4f}  {record[f'{part}_accuracy']:11.2%}"
     return (
@@ -3114,6 +3160,33 @@ def final_figures(training: Training, found: Evaluation, history: list[Record]) 
     }
 
 
+def train_epochs(
+    training: Training, resume: ResumeFile | None, tracker: Tracker, history: list, began: float
+) -> Evaluation | None:
+    """Trains the epochs that are left, reports each and adds it to `history`.
+
+    `resume`, if there is one, gets the state before the first of them and after each. Returns the
+    last epoch's evaluation; None if no epoch was left.
+    """
+    config, runtime, name = training.config, training.runtime, training.data.evaluation_name
+    found = None
+    emit({}, EPOCH_HEADING.format(name), config, runtime)
+    started = time.perf_counter() - sum(each["seconds"] for each in history)
+    while True:
+        if resume:
+            done = {"state": training.state_dict(), "history": history}
+            seconds = time.perf_counter() - began
+            resume.save(**done, run_id=tracker.run_id, seconds=seconds)
+        if training.epoch == config.epochs:
+            return found
+        record, found = training.run_epoch()
+        history.append(record)
+        row = epoch_row(config, name, record, time.perf_counter() - started)
+        emit({"event": "epoch"} | record, row, config, runtime)
+        memory = {"memory/so_far_mb": runtime.peak_memory_mb()}
+        tracker.log_metrics(record | memory, training.epoch)
+
+
 def train_seed(
     config: Config, data: ImageData, runtime: Runtime, keep: bool, parent: Tracker | None = None
 ) -> tuple[Record, bool]:
@@ -3121,47 +3194,36 @@ def train_seed(
 
     Returns the result, and False if the model could not be saved where it should be.
     """
-    began, name, history = time.perf_counter(), data.evaluation_name, cast(list[Record], [])
+    began = time.perf_counter()
     keep = keep and runtime.rank == 0
-    training, resume = Training(config, data, runtime), ResumeFile(config, data, runtime)
+    training = Training(config, data, runtime)
+    resume = ResumeFile(config, data, runtime)
     training.tell_speed = functools.partial(tell_duration, training, bool(parent))
-    saved, found, path = None, None, None
+    history: list[Record] = []
+    saved = None
     if config.resume:
         saved = runtime.from_main(resume.load() if runtime.rank == 0 else None)
     elif keep:
         resume.move_away()
     if saved:
         training.load_state_dict(saved["state"])
-        history, began = saved["history"], began - saved["seconds"]
+        history = saved["history"]
+        began -= saved["seconds"]
         log(f"continuing after epoch {training.epoch} of {config.epochs}")
     with open_tracker(config, runtime, saved and saved["run_id"], parent) as tracker:
         log(ANNOUNCEMENT.format(**training.resolved))
         tracker.log_settings(training.resolved, data)
         for step, record in enumerate(history, 1):  # epochs that an interruption kept from MLflow
             tracker.log_metrics(record, step, flush=False)
-        emit({}, EPOCH_HEADING.format(name), config, runtime)
-        started = time.perf_counter() - sum(each["seconds"] for each in history)
-        while True:
-            if keep:
-                done = {"state": training.state_dict(), "history": history}
-                seconds = time.perf_counter() - began
-                resume.save(**done, run_id=tracker.run_id, seconds=seconds)
-            if training.epoch == config.epochs:
-                break
-            record, found = training.run_epoch()
-            history.append(record)
-            row = epoch_row(config, name, record, time.perf_counter() - started)
-            emit({"event": "epoch"} | record, row, config, runtime)
-            record = record | {"memory/so_far_mb": runtime.peak_memory_mb()}
-            tracker.log_metrics(record, training.epoch)
+        found = train_epochs(training, resume if keep else None, tracker, history, began)
         found = found or training.evaluate()  # resumed after the last epoch
         final = final_figures(training, found, history)
         final["total_seconds"] = time.perf_counter() - began
-        result, after = found.record(name) | final, duration(final["train_seconds"])
-        text = f"{found.headline(name)} after {config.epochs} epochs in {after}"
-        if keep:
-            path = save_trained(training, found.temperature, result)
+        result = found.record(data.evaluation_name) | final
+        path = save_trained(training, found.temperature, result) if keep else None
         tracker.log_metrics(final)
+        headline, seconds = found.headline(data.evaluation_name), duration(final["train_seconds"])
+        text = f"{headline} after {config.epochs} epochs in {seconds}"
         model: Files = {"the model": lambda: path} if path else {}
         tracker.log_outcome(f"**{text}**", found.files(data.class_names) | model)
         result |= {"seed": config.seed, "run_id": tracker.run_id, "model_path": path and str(path)}
@@ -3177,14 +3239,15 @@ def train_seed(
 
 def train_seeds(config: Config, data: ImageData, runtime: Runtime) -> bool:
     """Several seeds under one MLflow parent run; False if the first model is not in its place."""
-    first, name = config.seed, data.evaluation_name
+    name, first = data.evaluation_name, config.seed
     ways: Record = {"mean": statistics.mean, "std": statistics.stdev, "min": min, "max": max}
-    results, places, summary = [], [], cast(Record, {})
+    summary: Record = {}
+    results, places = [], []
     with open_tracker(config, runtime) as parent:
         parent.log_settings({}, data)
         for seed in range(first, first + config.repeats):
             one = replace(config, seed=seed, repeats=1)
-            result, in_place = train_seed(one, data, runtime, seed == first, parent)
+            result, in_place = train_seed(one, data, runtime, keep=seed == first, parent=parent)
             results.append(result)
             places.append(in_place)
         for key in (f"{name}_accuracy", f"{name}_accuracy_tta", "train_seconds"):
@@ -3266,7 +3329,8 @@ def paths_on_stdin() -> Iterator[list[str]]:
             raise UserError("--image -: stdin must hold paths, one a line; this is something else")
         *lines, rest = (rest + block.removeprefix(codecs.BOM_UTF8)).split(b"\n")
         yield [decoded(line) for line in lines if line.strip()]
-    yield [decoded(rest)] if rest.strip() else []
+    if rest.strip():
+        yield [decoded(rest)]
 
 
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
@@ -3330,13 +3394,24 @@ def run_predict(config: Config, runtime: Runtime) -> int:
 # --------------------------------------------------------------------------------------------------
 # Benchmark: each configuration trains and predicts as usual, in a process of its own.
 OPTIMIZATIONS = ("data_loading", "channels_last", "mixed_precision", "compile")
-MEASURES = {  # title, name in MLflow, images (0: those of an epoch), rounds
-    "training": ("Training", "speed/train_img_s", 0, 3),
-    "loading": ("Data loading", "speed/load_img_s", 0, 6),
-    "photo": ("One 500x375 JPEG", "infer/photo_ms", 1, 40),
-    "photo_tta": ("With TTA", "infer/photo_tta_ms", 1, 40),
-    "uncached": ("Model not cached", "infer/uncached_ms", 1, 10),
-    "batch_64": ("64 images", "infer/b64_img_s", 64, 10),
+
+
+class Measure(NamedTuple):
+    """Something that the benchmark times."""
+
+    title: str  # its column in the table
+    metric: str  # its name in MLflow
+    images: int  # in a round; 0: those of an epoch; 1: told in milliseconds
+    rounds: int
+
+
+MEASURES = {
+    "training": Measure("Training", "speed/train_img_s", 0, 3),
+    "loading": Measure("Data loading", "speed/load_img_s", 0, 6),
+    "photo": Measure("One 500x375 JPEG", "infer/photo_ms", 1, 40),
+    "photo_tta": Measure("With TTA", "infer/photo_tta_ms", 1, 40),
+    "uncached": Measure("Model not cached", "infer/uncached_ms", 1, 10),
+    "batch_64": Measure("64 images", "infer/b64_img_s", 64, 10),
 }
 
 
@@ -3369,14 +3444,42 @@ def timed(work: Callable[[], Any], rounds: int, device: torch.device) -> list[fl
     return seconds[1:]
 
 
+def time_prediction(
+    model: CifarNet, data: ImageData, config: Config, device: torch.device, layout: Any
+) -> dict[str, list[float]]:
+    """Seconds of each round in which predict answers, by measure."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, photo = Path(folder, "m.pth"), Path(folder, "p.jpg")
+        noise = Image.effect_noise((125, 94), 80).resize((500, 375), Image.Resampling.LANCZOS)
+        noise.convert("RGB").save(photo)  # about as detailed as a real photo
+        save_model(file, model, data, config, 1.0, {})
+        images = data.train.images[torch.arange(64) % len(data.train)]
+        predictor = cached_model(file, str(device), config.amp, bool(config.compile))
+        predictor.saved.model.to(memory_format=layout)  # type: ignore[call-overload]
+
+        def uncached() -> None:
+            _predictors.clear()
+            loaded = cached_model(file, str(device), config.amp, compile=False)
+            list(loaded.predict([photo], tta=False))
+
+        works: dict[str, Callable[[], Any]] = {
+            "photo": lambda: list(predictor.predict([photo], tta=False)),
+            "photo_tta": lambda: list(predictor.predict([photo])),
+            "uncached": uncached,
+            "batch_64": lambda: predictor.probabilities(images[None]),
+        }
+        return {name: timed(work, MEASURES[name].rounds, device) for name, work in works.items()}
+
+
 def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
     """Sends a configuration's timings, memory and settings to the parent process."""
-    amp, usual = "mixed_precision" in chosen and config.amp, "data_loading" not in chosen
+    amp = "mixed_precision" in chosen and config.amp
+    usual = "data_loading" not in chosen  # the baseline's loader, image by image
     # The same work for all; the baseline loader shifts and flips only.
     config = replace(config, start_size=IMAGE_SIZE, cutout=0, letterbox_share=0.0)
     config = replace(config, mode="train", amp=amp, compile="compile" in chosen, init_from=None)
     layout = torch.channels_last if "channels_last" in chosen else torch.contiguous_format
-    with open_runtime(config) as runtime, tempfile.TemporaryDirectory() as folder:
+    with open_runtime(config) as runtime:
         data, device = load_data(config), runtime.device
         count = (100 if device.type == "cuda" else 12) * config.batch_size
         some = data.train.take(torch.arange(count) % len(data.train))
@@ -3404,29 +3507,14 @@ def measure_case(config: Config, chosen: tuple[str, ...], sender: Any) -> None:
                     images = shift_and_flip(images, config.augmentation.shift, flips, generator)
                     normalize(images, model.pixel_mean, model.pixel_std)  # type: ignore[arg-type]
 
-        def uncached() -> None:
-            _predictors.clear()
-            list(cached_model(file, str(device), amp, False).predict([photo], tta=False))
-
         works: dict[str, Callable[[], Any]] = {"training": train, "loading": load}
-        seconds = {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
-        memory, file, photo = runtime.peak_memory_mb(), Path(folder, "m.pth"), Path(folder, "p.jpg")
-        noise = Image.effect_noise((125, 94), 80).resize((500, 375), Image.Resampling.LANCZOS)
-        noise.convert("RGB").save(photo)  # about as detailed as a real photo
-        save_model(file, model, data, config, 1.0, {})
-        images = data.train.images[torch.arange(64) % len(data.train)]
-        predictor = cached_model(file, str(device), amp, bool(config.compile))
-        predictor.saved.model.to(memory_format=layout)  # type: ignore[call-overload]
-        works = {
-            "photo": lambda: list(predictor.predict([photo], tta=False)),
-            "photo_tta": lambda: list(predictor.predict([photo])),
-            "uncached": uncached,
-            "batch_64": lambda: predictor.probabilities(images[None]),
-        }
-        seconds |= {name: timed(work, MEASURES[name][3], device) for name, work in works.items()}
+        seconds = {name: timed(work, MEASURES[name].rounds, device) for name, work in works.items()}
+        memory = runtime.peak_memory_mb()
+        seconds |= time_prediction(model, data, config, device, layout)
         resolved = training.resolved | {"run_data_loading": "images" if usual else "batches"}
         resolved |= {"run_memory_format": str(layout).removeprefix("torch.")}
-    sender.send((seconds, count, memory, resolved))  # then the parent ends this process
+    found = {"seconds": seconds, "count": count, "memory": memory, "resolved": resolved}
+    sender.send(found)  # then the parent ends this process
 
 
 def gradient(net: nn.Module, images: Tensor, labels: Tensor, pieces: int = 1) -> Tensor:
@@ -3446,7 +3534,7 @@ class Benchmark:
         self.config, self.runtime, self.data = config, runtime, data
         self.rows: list[Record] = []
         self.checks: list[Record] = []
-        self.baseline: Any = None  # what `measure` found
+        self.baseline: Record = {}  # what `measure` found
         self.lines: list[list[str]] = []  # of the table
 
     def cases(self) -> dict[str, tuple[str, ...]]:
@@ -3464,10 +3552,12 @@ class Benchmark:
         compiles = self.runtime.device.type == "cuda"
         auto = tuple(name for name in possible if name != "compile" or compiles)
         cases: dict[str, tuple[str, ...]] = {"baseline": ()} | {name: (name,) for name in possible}
-        cases |= {"combined": auto} | ({"everything": possible} if possible != auto else {})
+        cases["combined"] = auto
+        if possible != auto:
+            cases["everything"] = possible
         return cases | {"baseline_again": ()}
 
-    def measure(self, name: str, chosen: tuple[str, ...]) -> Any:
+    def measure(self, name: str, chosen: tuple[str, ...]) -> Record | None:
         """The result of `measure_case` in a new process; None if it fails or dies."""
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
@@ -3489,29 +3579,31 @@ class Benchmark:
                 child.kill()
                 child.join()
 
-    def add(self, name: str, found: Any) -> list[Record]:
+    def add(self, name: str, found: Record) -> list[Record]:
         """Images per second (ms for one image), and the speed relative to the baseline."""
-        seconds, count, memory, _ = found
+        first = not self.lines  # the baseline: the table has its figures, of the others the ratios
         self.baseline = self.baseline or found
+        base, memory = self.baseline["memory"], found["memory"]
         rows, cells = [], [name.replace("_", " ")]
-        for measure, times in seconds.items():
-            images = MEASURES[measure][2] or count
+        for measure, times in found["seconds"].items():
+            images = MEASURES[measure].images or found["count"]
             figures = [1000 * each if images == 1 else images / each for each in times]
             p10, value, p90 = np.percentile(figures, (10, 50, 90)).tolist()
-            ratio = statistics.median(self.baseline[0][measure]) / statistics.median(times)
+            ratio = statistics.median(self.baseline["seconds"][measure]) / statistics.median(times)
             area = measure if measure in ("training", "loading") else "inference"
-            row = {"event": "benchmark", "area": area, "measure": measure, "name": name}
-            row |= {"value": value, "unit": "ms" if images == 1 else "images/s"}
-            row |= {"p10": p10, "p90": p90, "ratio": ratio}
-            rows.append(row | {"peak_memory_mb": memory if area == "training" else None})
-            text = f"{measure:<10} {name:<16} {value:>9.1f} {row['unit']:<9}"
+            unit = "ms" if images == 1 else "images/s"
+            row: Record = {"event": "benchmark", "area": area, "measure": measure, "name": name}
+            row |= {"value": value, "unit": unit, "p10": p10, "p90": p90, "ratio": ratio}
+            row |= {"peak_memory_mb": memory if area == "training" else None}
+            rows.append(row)
+            text = f"{measure:<10} {name:<16} {value:>9.1f} {unit:<9}"
             text += f"x{ratio:<5.2f} (p10 {p10:.1f}, p90 {p90:.1f})"
-            emit(rows[-1], text, self.config, self.runtime)
+            emit(row, text, self.config, self.runtime)
             figure = f"{value:.1f} ms" if images == 1 else f"{value:,.0f}/s"
-            cells.append(f"{ratio:.2f}x" if self.lines else figure)  # the baseline's come first
-        base, text = self.baseline[2], ""
+            cells.append(figure if first else f"{ratio:.2f}x")
+        text = ""
         if memory and base:
-            text = f"{memory / base:.2f}x" if self.lines else f"{memory:,.0f} MiB"
+            text = f"{memory:,.0f} MiB" if first else f"{memory / base:.2f}x"
         cells.append(text)
         self.lines.append(cells)
         self.rows += rows
@@ -3568,7 +3660,7 @@ class Benchmark:
 
     def table(self) -> str:
         """Markdown, ready to paste: a row per configuration, a column per measure, conditions."""
-        titles = [title for title, *_ in MEASURES.values()]
+        titles = [measure.title for measure in MEASURES.values()]
         heading = ["Configuration", *titles, "Peak memory"]
         lines = [heading, ["---"] * len(heading), *self.lines]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -3599,15 +3691,15 @@ def run_benchmark(config: Config, runtime: Runtime) -> int:
             found = benchmark.measure(name, chosen)
             if not found and name == "baseline":
                 raise UserError("the baseline could not be measured: see above")
-            if not found or ("compile" in chosen and not found[-1]["run_compile"]):
+            if not found or ("compile" in chosen and not found["resolved"]["run_compile"]):
                 continue  # without compiling it would measure something else
-            metrics = {"peak_memory_mb": found[2]}
+            metrics = {"peak_memory_mb": found["memory"]}
             for row in benchmark.add(name, found):
-                metrics[MEASURES[row["measure"]][1]] = row["value"]
+                metrics[MEASURES[row["measure"]].metric] = row["value"]
                 metrics[f"ratio/{row['measure']}"] = row["ratio"]
             child = replace(config, run_name=name.replace("_", " "))
             with open_tracker(child, runtime, parent=parent) as tracker:
-                tracker.log_settings(found[-1], data)
+                tracker.log_settings(found["resolved"], data)
                 tracker.log_metrics(metrics)
         table = benchmark.table()
         emit({}, f"\n{table}", config, runtime)
@@ -3651,7 +3743,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # paths may be invalid text, LANG may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.argv[1:] = sys.argv[1:] if argv is None else argv  # which `command_line` shows
+    if argv is not None:
+        sys.argv[1:] = argv  # `command_line` shows it
     config = parse_config(argv)
     warnings.filterwarnings("ignore", module="PIL")  # real problems are raised as errors
     try:

@@ -425,7 +425,8 @@ def test_train_evaluate_and_predict_on_a_gpu(capsys):
 def measured(scale=1.0):
     """What a configuration's process sends: three rounds of every measure."""
     seconds = {name: [scale * x for x in (1.0, 2.0, 4.0)] for name in classifier.MEASURES}
-    return seconds, 100, 200.0 * scale, {"run_compile": False}
+    resolved = {"run_compile": False}
+    return {"seconds": seconds, "count": 100, "memory": 200.0 * scale, "resolved": resolved}
 
 
 def a_benchmark(runtime, *words):
