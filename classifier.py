@@ -392,7 +392,9 @@ def loggable(value: Any) -> Any:
     """A setting for logs and files: a plain value without secrets."""
     if isinstance(value, tuple):
         return " ".join(map(redact, value))
-    return redact(value) if isinstance(value, str) else value
+    if isinstance(value, np.generic):  # a caller's, which `torch.load` would refuse
+        value = value.item()
+    return redact(os.fspath(value)) if isinstance(value, str | os.PathLike) else value
 
 
 def quoted(*words: str) -> str:
@@ -498,6 +500,13 @@ def usable_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, math.ceil(allowed))
 
 
+@functools.cache
+def prepare_for_forks() -> None:
+    """A forked process lacks OpenMP's threads and would wait for them: it uses one thread."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 def supports_gpu() -> bool:
     """Whether torch was built for the first GPU: for its architecture, or as portable code."""
     if torch.version.hip:  # AMD's names, such as gfx90a, are no numbers
@@ -529,7 +538,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     count = torch.cuda.device_count() if has_cuda else 0
     index = int(name[5:] or local_rank)
     if index >= count:
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        kind = f"for ROCm {torch.version.hip}" if torch.version.hip else "without CUDA"
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else kind
         found = f"{count} CUDA devices are usable (torch {torch.__version__}, built {built})"
         raise UserError(f"--device {name}: no device {index}, {found}; use --device cpu")
     return torch.device("cuda", index)
@@ -559,7 +569,7 @@ def pick_amp_dtype(device: torch.device, amp: bool | None) -> tuple[torch.dtype 
         return torch.bfloat16, "this CPU supports bfloat16"
     if amp:
         return torch.bfloat16, "--amp; slow if this CPU emulates bfloat16"
-    return None, "no bfloat16 support found on this CPU"
+    return None, "neither AVX512-BF16 nor AMX found on this CPU"
 
 
 @dataclass(frozen=True)
@@ -619,6 +629,13 @@ class Runtime:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 self.sum(buffer).div_(self.world_size)
+
+    def reset_peak_memory(self) -> None:
+        """An earlier training's peak in this process is not the next one's."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, on Linux
 
     def peak_memory_mb(self) -> float | None:
         """Peak GPU memory on CUDA, else peak resident memory of this process (on Linux)."""
@@ -1053,7 +1070,9 @@ def read_image(source: Any) -> Image.Image:
     """One of SOURCES as RGB (an animation's first frame); UserError if it cannot be read."""
     try:
         source = picture_source(source)
-    except (OSError, ValueError) as error:  # an open file that cannot be read
+    except TypeError:
+        raise
+    except Exception as error:  # an open file that cannot be read, as in a damaged archive
         raise UserError(first_line(error)) from None
     try:
         if isinstance(source, Image.Image):
@@ -1208,8 +1227,8 @@ def open_data_dir(data_dir: Path) -> Iterator[bool]:
     with contextlib.suppress(OSError):
         data_dir.mkdir(parents=True, exist_ok=True)
         probe.touch()  # on Windows, `os.access` says yes to every folder
-        probe.unlink()
         writable = True
+        probe.unlink()  # may fail: a scanner holds it, or its like removed it
     waiting = f"waiting for another process that writes to {data_dir}"
     with hold_lock(data_dir / ".lock", -1, waiting) if writable else contextlib.nullcontext():
         yield writable
@@ -1225,6 +1244,9 @@ def download(url: str, path: Path, patient: bool) -> bool:
 
         certificates.load_verify_locations(certifi.where())
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
+    if login := urllib.parse.unquote(urllib.parse.urlsplit(url).netloc.rpartition("@")[0]):
+        word = base64.b64encode(login.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {word}")
     with (
         urllib.request.urlopen(request, timeout=MIRROR_SILENCE, context=certificates) as answer,
         open(path, "wb") as file,
@@ -1334,11 +1356,19 @@ def natural(path: str) -> tuple[list[Any], str]:
     return [int(part) if part.isdecimal() else part for part in parts], path
 
 
-def pictures_below(folder: str | Path) -> list[str]:
-    """Paths of the pictures in `folder` and below it, without hidden ones, in natural order."""
+def pictures_below(folder: str | Path, locked: list[str] | None = None) -> list[str]:
+    """Paths of the pictures in `folder` and below it, without hidden ones, in natural order.
+
+    Folders that cannot be read are logged and added to `locked`.
+    """
     found, seen = [], set()
-    walk = os.walk(folder, onerror=lambda error: log(f"left out: {error}"), followlinks=True)
-    for place, folders, names in walk:
+
+    def fail(error: OSError) -> None:
+        log(f"left out: {error}")
+        if locked is not None:
+            locked.append(error.filename)
+
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:  # a link to where we were, perhaps a loop
             folders.clear()
@@ -1420,6 +1450,7 @@ def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     train = find_classes(folders.get("train", root))
     places = [folders[kind] for kind in ("test", "validation") if kind in folders]
     for path in [each for each in places if not subfolders(each)]:
+        os.scandir(path).close()  # raises if it cannot be read
         log(f"{path}: no classes' folders in it, so it is not used")
         places.remove(path)
     if places:
@@ -1629,10 +1660,20 @@ class BatchSampler(Sampler):
         yield from map(Tensor.numpy, mine.split(self.batch_size))
 
 
+def can_start_workers() -> bool:
+    """False in a process of a pool, and where /dev/shm is missing or read-only."""
+    with contextlib.suppress(OSError, ImportError):
+        multiprocessing.Lock()
+        return not multiprocessing.current_process().daemon
+    return False
+
+
 def loader_options(num_workers: int | None, runtime: Runtime) -> Record:
     """DataLoader keywords: one worker per CPU (at most 8, divided among the local processes)."""
     if num_workers is None:
         num_workers = min(usable_cpus(), 8) // runtime.local_world_size
+        if not can_start_workers():
+            num_workers = 0
     pin_memory = runtime.device.type == "cuda"
     options: Record = {"num_workers": num_workers, "pin_memory": pin_memory}
     if num_workers:  # torch refuses these without workers
@@ -1933,7 +1974,8 @@ def load_checked(path: Path) -> Record:
     try:
         payload = load_whole(io.BytesIO(Path(path).read_bytes()))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such model; create one with --mode train") from None
+        make = "--mode train makes one, with its --dataset and --model-path"
+        raise UserError(f"{path}: no such model; {make}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}{way}") from None
     except Exception as error:  # the unpickler raises anything on foreign bytes
@@ -1989,10 +2031,11 @@ def check_facts(saved: Record) -> None:
 def load_model(path: Path) -> SavedModel:
     """The network of a model file, in eval mode; needs no flags."""
     if path == INCLUDED_MODEL:
-        log("using the included model; --mode train makes your own")
+        log("using the included model")
     saved = load_checked(path)
     if "history" in saved:
-        raise UserError(f"{path} is an unfinished training: --mode train --resume finishes it")
+        way = "--resume finishes it if it is named <model path>.resume"
+        raise UserError(f"{path} is an unfinished training: {way}")
     try:
         check_facts(saved)
         with torch.device("meta"):  # takes no memory, whatever size the file claims
@@ -2013,6 +2056,7 @@ def load_model(path: Path) -> SavedModel:
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
     names = tuple(unicodedata.normalize("NFC", name) for name in saved["class_names"])
+    prepare_for_forks()  # checking the weights has started OpenMP's threads
     return SavedModel(model.eval(), names, **known)
 
 
@@ -2025,7 +2069,8 @@ def reserve_model_path(path: Path) -> Iterator[None]:
             raise IsADirectoryError(0, "it is a directory")
         probe = path.with_name(f"{path.name}.resume.{os.getpid():08d}")
         probe.touch()  # longer than any name to come; Windows' `tempfile` could try for ever
-        probe.unlink()
+        with contextlib.suppress(OSError):  # a scanner holds it, or its like removed it
+            probe.unlink()
     except OSError as error:
         raise UserError(f"--model-path {path} cannot be written: {error.strerror}") from None
     refusal = f"another training is writing {path}: wait for it or use another --model-path"
@@ -2039,7 +2084,7 @@ class ResumeFile:
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.path, self.digest = config.resume_file, data.train.digest
         fixed = [each.name for each in fields(config) if each.metadata["fixed"]]
-        self.settings = {name: getattr(config, name) for name in fixed}
+        self.settings = {name: loggable(getattr(config, name)) for name in fixed}
         self.settings |= {  # compares what `auto` became, not the flag
             "init_from": config.init_from and os.path.abspath(config.init_from),
             "limit_images": config.limit_images or 0,
@@ -2080,13 +2125,20 @@ class ResumeFile:
         """Keeps the resume file of an interrupted training that finished at least one epoch."""
         if not self.path.exists():
             return
+        saved: Record = {}
         with contextlib.suppress(UserError):  # a damaged file is kept too
-            if not load_checked(self.path).get("history", True):
+            saved = load_checked(self.path)
+            if not saved.get("history", True):
                 return
+        if saved and len(saved.get("history", ())) == saved["settings"]["epochs"]:
+            ended = self.path.with_name(self.path.name + ".ended")
+            move_file(self.path, ended)
+            log(f"what MLflow did not take of the last training is in {ended}")
+            return
         names = (f"{self.path.name}.old{number or ''}" for number in itertools.count())
         old = next(each for each in map(self.path.with_name, names) if not each.exists())
         move_file(self.path, old)
-        log(f"an unfinished training was moved to {old}; --resume would have continued it")
+        log(f"an unfinished training was moved to {old}; under its old name, --resume continues it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2604,6 +2656,8 @@ class Predictor:
         """
         if top_k < 1:
             raise UserError(f"top_k must be at least 1: {top_k}")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold must be from 0 to 1: {threshold}")
         load = functools.partial(load_picture, tta=tta, flip=self.saved.flip)
         names, remaining = self.saved.class_names, enumerate(sources)
         chunk = list(itertools.islice(remaining, PREDICTION_BATCH))
@@ -2632,13 +2686,6 @@ class Predictor:
             pool.shutdown(cancel_futures=True)  # the caller may want no more
 
 
-@functools.cache
-def prepare_for_forks() -> None:
-    """A forked process lacks OpenMP's threads and would wait for them: it uses one thread."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
-
 _predictors: dict[tuple, Predictor] = {}  # the global cache; holds the most recent one only
 _predictors_lock = threading.Lock()
 
@@ -2658,7 +2705,8 @@ def cached_model(
             target = pick_device(device)
             runtime = Runtime(target, *pick_amp_dtype(target, amp))
             saved = load_model(path)
-            prepare_for_forks()
+            # torch ignores a container's quota.
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
             box = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
             squares = torch.zeros(2, 3, SQUARE_SIZE, SQUARE_SIZE, dtype=torch.uint8)
             boxes = shifted_views(box, saved.flip).flatten(0, 1)
@@ -2686,7 +2734,7 @@ def predict(
     """
     one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
     one = one or hasattr(images, "read")
-    one = one or (isinstance(images, np.ndarray) and images.ndim in (2, 3))
+    one = one or (isinstance(images, np.ndarray) and images.ndim in (0, 2, 3))
     if not one and not isinstance(images, Iterable):
         raise TypeError(f"a picture must be {SOURCES}, or an iterable of them; not {images!r:.60}")
     sources = [images] if one else images
@@ -2818,6 +2866,7 @@ class MlflowTracker(Tracker):
         if port and server.hostname:  # if it is down, MLflow waits 100 s
             socket.create_connection((server.hostname, server.port or port), 5).close()
         if self.database:  # MLflow retries a locked one for 20 s, a read-only one for 103 s
+            self.database.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self.database, timeout=5)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
         while self.pending:
@@ -2843,7 +2892,8 @@ class MlflowTracker(Tracker):
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.known_params = run.data.params
         view = f"mlflow.sharedViewState.{self.config.mode}"
-        self.client.set_experiment_tag(self.experiment_id, view, self.shared_view())
+        with contextlib.suppress(self.mlflow.MlflowException):  # a convenience
+            self.client.set_experiment_tag(self.experiment_id, view, self.shared_view())
         if self.config.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -2855,7 +2905,8 @@ class MlflowTracker(Tracker):
     def find_experiment(self) -> str:
         """The experiment's id; restored if it was deleted, created if it is missing."""
         asked = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        if not asked and (launched := os.environ.get("MLFLOW_EXPERIMENT_ID")):
+        launched = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if launched and not asked and not self.config.tracking_uri:  # it is of the usual store
             return launched
         name = asked or self.config.data_name
         if found := self.client.get_experiment_by_name(name):
@@ -2915,7 +2966,10 @@ class MlflowTracker(Tracker):
             text = f"{value:.6g}" if isinstance(value, float) else str(loggable(value))
             params[name] = "auto" if value is None else text
         params.pop("resume")
-        alike = params | dict.fromkeys(("seed", "run_name", "model_path"))  # may differ in a group
+        # These may differ in a group: the seed, where things lie, how they are told.
+        apart = "seed run_name model_path dataset run_dataset data_dir data_url json experiment "
+        apart += "tracking_uri system_metrics"
+        alike = params | dict.fromkeys(apart.split()) | {"images": data.train.digest}
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
         tags = {"task": self.config.mode, "torch": str(torch.__version__)}
         tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
@@ -2935,7 +2989,8 @@ class MlflowTracker(Tracker):
                 dataset = entities.Dataset(self.config.data_name, split.digest, "http", source)
                 tag = entities.InputTag("mlflow.data.context", context)
                 inputs.append(entities.DatasetInput(dataset, [tag]))
-        self.client.log_inputs(self.run_id, inputs)
+        with contextlib.suppress(self.mlflow.MlflowException):  # GitLab's server lacks it
+            self.client.log_inputs(self.run_id, inputs)
 
     def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None:
         """The metrics of an epoch, or without `step` the final ones."""
@@ -3195,6 +3250,7 @@ def train_seed(
     Returns the result, and False if the model could not be saved where it should be.
     """
     began = time.perf_counter()
+    runtime.reset_peak_memory()
     keep = keep and runtime.rank == 0
     training = Training(config, data, runtime)
     resume = ResumeFile(config, data, runtime)
@@ -3233,7 +3289,8 @@ def train_seed(
         emit({"event": "result"} | result, text, config, runtime)
     in_place = path == config.model_file
     if in_place and not tracker.pending:
-        resume.path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # a scanner may have it open (Windows)
+            resume.path.unlink(missing_ok=True)
     return result, in_place or not keep
 
 
@@ -3246,7 +3303,8 @@ def train_seeds(config: Config, data: ImageData, runtime: Runtime) -> bool:
     with open_tracker(config, runtime) as parent:
         parent.log_settings({}, data)
         for seed in range(first, first + config.repeats):
-            one = replace(config, seed=seed, repeats=1)
+            named = config.run_name and f"{config.run_name} s{seed}"
+            one = replace(config, seed=seed, repeats=1, run_name=named)
             result, in_place = train_seed(one, data, runtime, keep=seed == first, parent=parent)
             results.append(result)
             places.append(in_place)
@@ -3334,16 +3392,21 @@ def paths_on_stdin() -> Iterator[list[str]]:
 
 
 def find_images(patterns: Iterable[str]) -> Iterator[str]:
-    """Paths of pictures: files, pictures in folders, glob matches."""
+    """Paths of pictures: files, pictures in folders, glob matches; then of unreadable folders."""
+    locked: list[str] = []
     for pattern in patterns:
         if os.path.isdir(pattern):
-            yield from pictures_below(pattern) or [os.path.join(pattern, "*")]  # no such picture
+            found = pictures_below(pattern, locked)
+            yield from found or [os.path.join(pattern, "*")]  # no such picture
         elif os.path.exists(pattern):
             yield pattern  # also names with [brackets]
         else:
             matches = sorted(glob.glob(pattern, recursive=True), key=natural)
-            found = [pictures_below(path) if os.path.isdir(path) else [path] for path in matches]
-            yield from dict.fromkeys(itertools.chain(*found)) or [pattern]
+            found = []
+            for path in matches:
+                found += pictures_below(path, locked) if os.path.isdir(path) else [path]
+            yield from dict.fromkeys(found) or [pattern]
+    yield from locked
 
 
 def run_predict(config: Config, runtime: Runtime) -> int:
@@ -3571,7 +3634,7 @@ class Benchmark:
             if not receiver.poll():  # it died; on Windows, `recv` could wait for ever
                 raise EOFError
             return receiver.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):  # the latter from Windows' `poll`
             log(f"{name} was not measured: its process died")
             return None
         finally:
@@ -3725,6 +3788,8 @@ def explain(error: Exception, config: Config) -> str | None:
             command = command_line("--num-workers=0", *resume)
             return f"{first_line(error)}; memory or /dev/shm ran out: try {command}"
         case RuntimeError() if re.search("out of memory|allocat|ALLOC_FAILED", str(error)):
+            if config.mode not in ("train", "benchmark") or config.batch_size == 1:
+                return "out of memory: close other programs, or use --device cpu"
             half, twice = config.batch_size // 2, 2 * config.accumulate_grad_steps
             flags = f"--batch-size {max(1, half)} --accumulate-grad-steps {twice}"
             return f"out of memory; training needs less with {flags}"
@@ -3736,16 +3801,24 @@ def explain(error: Exception, config: Config) -> str | None:
     return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the mode given on the command line; returns the exit code."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed, as by 2>&-)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # paths may be invalid text, LANG may not be UTF-8
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+@contextlib.contextmanager
+def own_process(argv: list[str] | None) -> Iterator[None]:
+    """What the work sets for the whole process ends with it: a notebook may call `main` again."""
+    words, environment = sys.argv, dict(os.environ)
     if argv is not None:
-        sys.argv[1:] = argv  # `command_line` shows it
-    config = parse_config(argv)
+        sys.argv = [__file__, *argv]  # `command_line` shows it
+    try:
+        yield
+    finally:
+        sys.argv = words
+        if mlflow := sys.modules.get("mlflow"):
+            mlflow.set_tracking_uri(None)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def run_mode(config: Config) -> int:
+    """Runs the mode; returns the exit code."""
     warnings.filterwarnings("ignore", module="PIL")  # real problems are raised as errors
     try:
         with stop_signals(), open_runtime(config) as runtime:
@@ -3764,8 +3837,20 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not (text := explain(error, config)):
             raise
-        print(f"classifier.py: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            tqdm.write(f"classifier.py: {text}", sys.stderr)
         return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the mode given on the command line; returns the exit code."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed, as by 2>&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # paths may be invalid text, LANG may not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with own_process(argv):
+        return run_mode(parse_config(argv))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,22 @@ import os
 import pickle
 import re
 import zipfile
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import Evil, noise, rows, run, same
+from conftest import TINY, Evil, noise, rows, run, same
 
 import classifier
-from classifier import FILE_FORMAT, CifarNet, UserError, load_model, save_atomically
+from classifier import (
+    FILE_FORMAT,
+    CifarNet,
+    UserError,
+    load_model,
+    parse_config,
+    save_atomically,
+)
 
 
 def test_round_trip(trained):
@@ -271,3 +280,14 @@ def test_unwritable_model_path_is_found_before_training(tmp_path, capsys):
     for path in (tmp_path / "file" / "model.pth", tmp_path, tmp_path / long):
         code, out, err = run(capsys, "--dataset", "digits", "--no-mlflow", "--model-path", path)
         assert code == 1 and "--model-path" in err and not out
+
+
+def test_settings_of_a_callers_types_are_saved_as_plain_ones(cpu, tmp_path):
+    """NumPy's numbers and paths, which `torch.load` refuses."""
+    config = parse_config(["--mode", "train", *TINY, "--epochs", "1", "--no-amp"])
+    path = tmp_path / "m.pth"
+    config = replace(config, lr=np.float64(0.01), model_path=path)
+    data = classifier.load_data(config)
+    assert classifier.train_seed(config, data, cpu, keep=True)[1]
+    saved = load_model(path).settings
+    assert (type(saved["lr"]), saved["lr"], saved["model_path"]) == (float, 0.01, str(path))

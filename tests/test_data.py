@@ -53,6 +53,22 @@ def test_memory_is_pinned_for_cuda(device, pinned):
     assert loader_options(0, Runtime(torch.device(device)))["pin_memory"] is pinned
 
 
+def test_a_pools_process_starts_no_workers(monkeypatch):
+    monkeypatch.setattr(classifier, "usable_cpus", lambda: 4)
+    assert loader_options(None, ONE)["num_workers"] == 4
+    daemon = SimpleNamespace(daemon=True)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: daemon)
+    assert loader_options(None, ONE)["num_workers"] == 0
+
+
+def test_no_shared_memory_means_no_workers(monkeypatch):
+    def lock():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    assert loader_options(None, ONE)["num_workers"] == 0
+
+
 def test_workers_are_forked_where_that_works(monkeypatch):
     """Else Python 3.14 sends all images through /dev/shm, where a container has 64 MB."""
     monkeypatch.setattr(sys, "platform", "linux")
@@ -498,6 +514,21 @@ def test_read_only_folder(server, tmp_path, monkeypatch):
 def test_passwords_of_mirrors_are_not_told(capsys, url):
     code, out, err = run(capsys, "--data-dir", "new", "--data-url", url, "--no-mlflow")
     assert code == 1 and "127.0.0.1" in err and "hunter2" not in err + out
+
+
+def test_a_mirror_gets_its_password(server, tmp_path, monkeypatch):
+    real, seen = classifier.urllib.request.urlopen, []
+
+    def recorded(request, **options):
+        seen.append(request)
+        return real(request, **options)
+
+    monkeypatch.setattr(classifier.urllib.request, "urlopen", recorded)
+    url = f"{server.url}/good.tar.gz".replace("//", "//me:p%40ss@")
+    assert len(load_data(cifar(tmp_path / "new", url)).train) == 50
+    (request,) = seen
+    assert request.get_header("Authorization") == "Basic bWU6cEBzcw=="  # me:p@ss
+    assert "me:" not in request.full_url
 
 
 def test_the_first_command_trains_although_its_first_server_is_a_drip(

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,7 +88,17 @@ def test_one_picture_in_any_form_has_one_answer(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", [None, 5, [5], [None], io.StringIO("text"), np.zeros((4, 4)), torch.zeros(3, 4, 4)]
+    "source",
+    [
+        None,
+        5,
+        [5],
+        [None],
+        io.StringIO("text"),
+        np.array(5),
+        np.zeros((4, 4)),
+        torch.zeros(3, 4, 4),
+    ],
 )
 def test_what_is_no_picture_is_one_type_error(trained, source):
     with pytest.raises(TypeError, match="a picture must be a path, bytes, an open binary file"):
@@ -97,6 +109,16 @@ def test_a_picture_opened_as_text_is_a_type_error(trained, tmp_path):
     path = picture(tmp_path / "a.png", "red", 1)
     with open(path) as file, pytest.raises(TypeError, match="an open binary file"):
         predict(file, model_path=trained)
+
+
+def test_a_damaged_archive_is_one_picture_without_an_answer(trained, tmp_path):
+    good = picture(tmp_path / "a.png", "red", 1)
+
+    def read():
+        raise zipfile.BadZipFile("Bad CRC-32 for file 'b.png'")
+
+    found = predict([SimpleNamespace(read=read), good], model_path=trained)
+    assert "Bad CRC-32" in found[0].error and found[1].label
 
 
 def test_a_closed_file_is_one_picture_without_an_answer(trained, tmp_path):

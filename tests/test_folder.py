@@ -160,6 +160,21 @@ def test_test_pictures_without_classes_are_left_out(pets, capsys, val):
     assert f"{root}/test: no classes' folders in it, so it is not used" in capsys.readouterr().err
 
 
+def test_a_locked_test_folder_is_no_reason_to_test_on_another(pets, monkeypatch):
+    root, real = pets.parent / "parts", os.scandir
+    for part in ("train", "val", "test"):
+        shutil.copytree(pets, root / part)
+
+    def scandir(path):
+        if os.path.basename(path) == "test":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        load(root)
+
+
 def test_the_split_is_the_same_however_accents_are_written():
     """A Mac writes them as characters of their own, and most copies to Linux do not."""
     composed = [f"/a/Möwe/{number}.png" for number in range(100)]
@@ -204,8 +219,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert pictures_below(tmp_path) == [str(tmp_path / "open" / "1.png")]
-    assert "locked" in capsys.readouterr().err
+    good = str(tmp_path / "open" / "1.png")
+    assert pictures_below(tmp_path) == [good] and "locked" in capsys.readouterr().err
+    found = list(classifier.find_images([str(tmp_path)]))
+    assert found == [good, str(tmp_path / "locked")]  # which is then counted as unreadable
 
 
 def test_nothing_is_written_below_the_pictures(pets, monkeypatch):

@@ -50,7 +50,7 @@ def test_readmes_first_command_answers_without_a_network(clone):
     done, err, loaded = start(clone, *COMMAND.split()[1:], "--device", "cpu")
     found = re.match(r"\.github/cat\.jpg: cat  (\d+)\.\d\d%", done.stdout)
     assert done.returncode == 0 and abs(int(found[1]) - int(shown[1])) <= 1
-    assert err == ["using the included model; --mode train makes your own"]
+    assert err == ["using the included model"]
     assert not loaded & {"torch._dynamo", "mlflow", "torchvision"}
 
 

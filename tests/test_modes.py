@@ -559,6 +559,21 @@ def peak_memory():
 
 
 @pytest.mark.slow
+def test_each_training_has_its_own_peak_of_memory(cpu):
+    grown = np.ones(400_000_000, dtype=np.uint8)
+    before = cpu.peak_memory_mb()
+    del grown
+    cpu.reset_peak_memory()
+    assert cpu.peak_memory_mb() < before - 300
+
+
+def test_out_of_memory_is_advised_by_mode():
+    error = RuntimeError("CUDA error: out of memory")
+    for words in ("--mode evaluate", "--mode train --batch-size 1"):
+        text = classifier.explain(error, classifier.parse_config(words.split()))
+        assert text == "out of memory: close other programs, or use --device cpu"
+
+
 def test_peak_memory_is_this_process_own():
     """A child's figure must not start at the size of the parent that started it."""
     grown = np.ones(1_500_000_000, dtype=np.uint8)
@@ -736,7 +751,7 @@ def test_a_third_interrupted_training_keeps_the_first(capsys, monkeypatch):
 def test_an_unfinished_training_is_no_damaged_model(capsys, monkeypatch):
     interrupted(monkeypatch, capsys, *LITTLE, after=1)
     code, _, err = run(capsys, *EVALUATE, "digits_model.pth.resume")
-    assert code == 1 and "is an unfinished training: --mode train --resume finishes it" in err
+    assert code == 1 and "is an unfinished training: --resume finishes it if it is named" in err
 
 
 def test_a_closed_stderr_does_not_stop_json(cpu, capsys, monkeypatch):

@@ -274,6 +274,8 @@ def test_answers_are_sorted_and_named(trained, unsure):
     assert doubtful.top[0][0] == answer.label
     with pytest.raises(UserError):
         predict([noise(4, 4)], model_path=trained, top_k=0)
+    with pytest.raises(UserError, match="threshold must be from 0 to 1: 60"):
+        predict([noise(4, 4)], model_path=trained, threshold=60)
     with pytest.raises(UserError, match="gpu"):
         predict([noise(4, 4)], model_path=trained, device="gpu")
 

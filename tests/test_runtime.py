@@ -143,6 +143,7 @@ def test_channels_last_except_on_mps(cpu, model, images):
 def test_amp_dtype(monkeypatch, device, amp, native, expected):
     capabilities = {"avx512_bf16": native}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     dtype, reason = pick_amp_dtype(device, amp)
     assert dtype == expected and reason
 

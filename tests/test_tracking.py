@@ -402,7 +402,8 @@ def test_a_signal_while_the_store_works_loses_and_doubles_nothing(
 
 
 def test_a_group_is_of_runs_that_differ_in_the_seed_only(cpu, digits, store):
-    for words in ("--seed 0", "--seed 1 --run-name x --model-path x.pth", "--epochs 5"):
+    same_work = "--seed 1 --run-name x --model-path x.pth --data-dir /tmp/7 --json"
+    for words in ("--seed 0", same_work, "--epochs 5"):
         config = classifier.parse_config(f"--dataset digits {words}".split())
         with open_tracker(config, cpu) as tracker:
             tracker.log_settings({}, digits)
@@ -410,6 +411,57 @@ def test_a_group_is_of_runs_that_differ_in_the_seed_only(cpu, digits, store):
     assert found[1].info.run_name == "x"
     one, same, other = (each.data.tags["group"] for each in found)
     assert one == same != other
+
+
+def test_a_database_in_a_new_folder(cpu, digits, tmp_path):
+    """MLflow makes the folder, too."""
+    with open_tracker(settings(tracking_uri="sqlite:///runs/new/a.db"), cpu) as tracker:
+        tracker.log_settings({}, digits)
+    assert not tracker.pending and (tmp_path / "runs" / "new" / "a.db").exists()
+
+
+def test_a_server_without_data_sets_and_views_gets_the_rest(cpu, digits, store, monkeypatch):
+    """Such as GitLab's."""
+    from mlflow import MlflowClient, MlflowException
+
+    def missing(*_, **__):
+        raise MlflowException("404 Not Found")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", missing)
+    monkeypatch.setattr(MlflowClient, "set_experiment_tag", missing)
+    tracker = log_something(settings(), cpu, digits)
+    (found,) = runs_of(store)[2]
+    assert not tracker.pending and found.data.metrics["test/accuracy"] == 50
+    assert found.info.status == "FINISHED"
+
+
+def test_a_notebook_may_call_main_again(store, tmp_path, monkeypatch, capsys, no_served_model):
+    """Each call as if it were the first: the store, the environment, sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["notebook", "--its-own"])
+    environment = dict(os.environ)
+    shutil.copy(store, tmp_path / "scratch.db")
+    scratch = ["--tracking-uri", "sqlite:///scratch.db"]
+    for flags in (scratch, []):
+        assert run(capsys, "--mode", "train", *SMALL, *flags)[0] == 0
+        assert sys.argv == ["notebook", "--its-own"] and dict(os.environ) == environment
+        assert len(runs_of(tmp_path / "scratch.db")[2]) == 1
+    assert len(runs_of(store)[2]) == 1
+
+
+def test_seeds_are_named_apart(store, capsys, no_served_model):
+    run(capsys, "--mode", "train", *SMALL, "--repeats", 2, "--run-name", "big", "--seed", 4)
+    names = {each.info.run_name for each in runs_of(store)[2]}
+    assert names == {"big", "big s4", "big s5"}
+
+
+def test_results_that_wait_for_mlflow_are_no_unfinished_training(capsys, tmp_path):
+    """The next training keeps them, and says what they are."""
+    dead = ["--tracking-uri", "nonsense://x"]
+    for _ in range(3):
+        err = run(capsys, "--mode", "train", *SMALL, *dead)[2]
+    name = "digits_model.pth.resume.ended"
+    assert f"what MLflow did not take of the last training is in {name}" in err
+    assert sorted(path.name for path in tmp_path.glob("*.resume*")) == [name[:-6], name]
 
 
 def test_system_metrics(cpu, store, monkeypatch):
