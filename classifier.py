@@ -634,8 +634,9 @@ class Runtime:
         """An earlier training's peak in this process is not the next one's."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, on Linux
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # VmHWM, on Linux
+            ctypes.CDLL(None).malloc_trim(0)  # `open_runtime` keeps what is freed
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory_mb(self) -> float | None:
         """Peak GPU memory on CUDA, else peak resident memory of this process (on Linux)."""
@@ -1244,9 +1245,11 @@ def download(url: str, path: Path, patient: bool) -> bool:
 
         certificates.load_verify_locations(certifi.where())
     request = urllib.request.Request(address, headers={"User-Agent": "classifier.py"})
-    if login := urllib.parse.unquote(urllib.parse.urlsplit(url).netloc.rpartition("@")[0]):
-        word = base64.b64encode(login.encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {word}")
+    with contextlib.suppress(ValueError):  # whose message would quote the password
+        login = urllib.parse.unquote(urllib.parse.urlsplit(url).netloc.rpartition("@")[0])
+        if ":" in login:
+            word = base64.b64encode(login.encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {word}")
     with (
         urllib.request.urlopen(request, timeout=MIRROR_SILENCE, context=certificates) as answer,
         open(path, "wb") as file,
@@ -1449,10 +1452,10 @@ def find_splits(root: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     test: dict[str, list[str]] = {}
     train = find_classes(folders.get("train", root))
     places = [folders[kind] for kind in ("test", "validation") if kind in folders]
-    for path in [each for each in places if not subfolders(each)]:
-        os.scandir(path).close()  # raises if it cannot be read
-        log(f"{path}: no classes' folders in it, so it is not used")
-        places.remove(path)
+    while places and not subfolders(places[0]):
+        os.scandir(places[0]).close()  # raises if it cannot be read
+        log(f"{places[0]}: no classes' folders in it, so it is not used")
+        places.pop(0)
     if places:
         place, *unused = places
         test = find_classes(place)
@@ -2083,6 +2086,7 @@ class ResumeFile:
 
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.path, self.digest = config.resume_file, data.train.digest
+        self.model = config.model_file
         fixed = [each.name for each in fields(config) if each.metadata["fixed"]]
         self.settings = {name: loggable(getattr(config, name)) for name in fixed}
         self.settings |= {  # compares what `auto` became, not the flag
@@ -2125,20 +2129,18 @@ class ResumeFile:
         """Keeps the resume file of an interrupted training that finished at least one epoch."""
         if not self.path.exists():
             return
-        saved: Record = {}
-        with contextlib.suppress(UserError):  # a damaged file is kept too
+        what, kind = "an unfinished training", "old"
+        with contextlib.suppress(UserError, OSError, KeyError):  # a damaged file is kept, too
             saved = load_checked(self.path)
-            if not saved.get("history", True):
+            if not saved["history"]:
                 return
-        if saved and len(saved.get("history", ())) == saved["settings"]["epochs"]:
-            ended = self.path.with_name(self.path.name + ".ended")
-            move_file(self.path, ended)
-            log(f"what MLflow did not take of the last training is in {ended}")
-            return
-        names = (f"{self.path.name}.old{number or ''}" for number in itertools.count())
+            stored = self.model.stat().st_mtime_ns >= self.path.stat().st_mtime_ns
+            if stored and len(saved["history"]) == saved["settings"]["epochs"]:
+                what, kind = "what MLflow did not take of the last training", "ended"
+        names = (f"{self.path.name}.{kind}{number or ''}" for number in itertools.count())
         old = next(each for each in map(self.path.with_name, names) if not each.exists())
         move_file(self.path, old)
-        log(f"an unfinished training was moved to {old}; under its old name, --resume continues it")
+        log(f"{what} was moved to {old}; under its old name, --resume continues it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2905,8 +2907,7 @@ class MlflowTracker(Tracker):
     def find_experiment(self) -> str:
         """The experiment's id; restored if it was deleted, created if it is missing."""
         asked = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        launched = os.environ.get("MLFLOW_EXPERIMENT_ID")
-        if launched and not asked and not self.config.tracking_uri:  # it is of the usual store
+        if not asked and (launched := os.environ.get("MLFLOW_EXPERIMENT_ID")):
             return launched
         name = asked or self.config.data_name
         if found := self.client.get_experiment_by_name(name):
@@ -2969,7 +2970,8 @@ class MlflowTracker(Tracker):
         # These may differ in a group: the seed, where things lie, how they are told.
         apart = "seed run_name model_path dataset run_dataset data_dir data_url json experiment "
         apart += "tracking_uri system_metrics"
-        alike = params | dict.fromkeys(apart.split()) | {"images": data.train.digest}
+        images = [data.train.digest, data.evaluation.digest]
+        alike = params | dict.fromkeys(apart.split()) | {"images": images}
         digest = hashlib.sha256(json.dumps(alike).encode()).hexdigest()
         tags = {"task": self.config.mode, "torch": str(torch.__version__)}
         tags |= {"host": platform.node(), "group": digest[:8]}  # a group: its seeds
@@ -2989,8 +2991,11 @@ class MlflowTracker(Tracker):
                 dataset = entities.Dataset(self.config.data_name, split.digest, "http", source)
                 tag = entities.InputTag("mlflow.data.context", context)
                 inputs.append(entities.DatasetInput(dataset, [tag]))
-        with contextlib.suppress(self.mlflow.MlflowException):  # GitLab's server lacks it
+        try:
             self.client.log_inputs(self.run_id, inputs)
+        except self.mlflow.MlflowException as error:
+            if "404" not in str(error):  # GitLab's server lacks this call
+                raise
 
     def log_metrics(self, record: Record, step: int = 0, flush: bool = True) -> None:
         """The metrics of an epoch, or without `step` the final ones."""
@@ -3397,7 +3402,9 @@ def find_images(patterns: Iterable[str]) -> Iterator[str]:
     for pattern in patterns:
         if os.path.isdir(pattern):
             found = pictures_below(pattern, locked)
-            yield from found or [os.path.join(pattern, "*")]  # no such picture
+            if not found and pattern not in locked:
+                found = [os.path.join(pattern, "*")]  # no such picture
+            yield from found
         elif os.path.exists(pattern):
             yield pattern  # also names with [brackets]
         else:
@@ -3801,20 +3808,26 @@ def explain(error: Exception, config: Config) -> str | None:
     return None
 
 
+PROCESS_VARIABLES = (*MLFLOW_DEFAULTS, "MLFLOW_TRACKING_URI", "HOME")  # what this program sets
+
+
 @contextlib.contextmanager
 def own_process(argv: list[str] | None) -> Iterator[None]:
     """What the work sets for the whole process ends with it: a notebook may call `main` again."""
-    words, environment = sys.argv, dict(os.environ)
+    words, before = sys.argv, {name: os.environ.get(name) for name in PROCESS_VARIABLES}
     if argv is not None:
         sys.argv = [__file__, *argv]  # `command_line` shows it
     try:
         yield
     finally:
         sys.argv = words
-        if mlflow := sys.modules.get("mlflow"):
-            mlflow.set_tracking_uri(None)
-        os.environ.clear()
-        os.environ.update(environment)
+        if os.environ.get("MLFLOW_TRACKING_URI") != before["MLFLOW_TRACKING_URI"]:
+            with contextlib.suppress(Exception):  # tracking must never end a training
+                sys.modules["mlflow"].set_tracking_uri(None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def run_mode(config: Config) -> int:

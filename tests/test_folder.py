@@ -223,6 +223,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     assert pictures_below(tmp_path) == [good] and "locked" in capsys.readouterr().err
     found = list(classifier.find_images([str(tmp_path)]))
     assert found == [good, str(tmp_path / "locked")]  # which is then counted as unreadable
+    assert list(classifier.find_images([str(tmp_path / "locked")])) == [str(tmp_path / "locked")]
 
 
 def test_nothing_is_written_below_the_pictures(pets, monkeypatch):

@@ -558,7 +558,6 @@ def peak_memory():
     return classifier.Runtime(torch.device("cpu")).peak_memory_mb()
 
 
-@pytest.mark.slow
 def test_each_training_has_its_own_peak_of_memory(cpu):
     grown = np.ones(400_000_000, dtype=np.uint8)
     before = cpu.peak_memory_mb()
@@ -574,6 +573,7 @@ def test_out_of_memory_is_advised_by_mode():
         assert text == "out of memory: close other programs, or use --device cpu"
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_own():
     """A child's figure must not start at the size of the parent that started it."""
     grown = np.ones(1_500_000_000, dtype=np.uint8)
