@@ -291,6 +291,8 @@ class Config:
                 continue
             if isinstance(value, bool):
                 parts.append(short if value else f"no{short}")
+            elif value == each.metadata.get("const"):  # the included model, whose name is long
+                parts.append(f"{short}incl")
             else:
                 text = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem
                 parts.append(short + text)
@@ -437,7 +439,8 @@ def log(message: str) -> None:
     """Prints a human-readable line on stderr, in the main process only."""
     if is_main_process():
         with contextlib.suppress(OSError):  # a terminal that was closed
-            tqdm.write(redact(message), sys.stderr)  # a progress bar makes room for it
+            # A progress bar makes room for it. Without its lock, which a killed fork could hold.
+            tqdm.write(redact(message), sys.stderr, nolock=True)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
@@ -689,7 +692,10 @@ def open_runtime(config: Config) -> Iterator[Runtime]:
         from torch.distributed import nn as _  # noqa: F401
 
         dist.init_process_group(backend, store=store, device_id=bound, **sizes)
-    yield Runtime(device, *pick_amp_dtype(device, config.amp), rank, world_size, local_world_size)
+    dtype, reason = pick_amp_dtype(device, config.amp)
+    if config.amp and (not dtype or "slow" in reason):
+        log(f"--amp: {reason.removeprefix('--amp; ')}")
+    yield Runtime(device, dtype, reason, rank, world_size, local_world_size)
     if world_size > 1:  # not after an error: NCCL would wait for processes that have failed
         dist.destroy_process_group()
 
@@ -1642,7 +1648,8 @@ def epoch_generator(seed: int, epoch: int, stream: int = 0, device: Any = "cpu")
 class BatchSampler(Sampler):
     """This process's batches of indices: each epoch, all processes share one shuffle.
 
-    Their shares are equal and disjoint. A short last batch is dropped unless it is the only one.
+    Their shares are equal and disjoint. A short last batch is dropped; fewer than ten batches are
+    made equal instead, as it could be half of a small folder.
     """
 
     epoch = 0  # finished epochs
@@ -1651,8 +1658,10 @@ class BatchSampler(Sampler):
         self.count, self.runtime = count, runtime
         self.batch_size, self.seed = config.batch_size, config.seed
         equal = count // runtime.world_size
-        whole = equal - equal % self.batch_size  # images in whole batches
-        self.share = whole or equal  # images per epoch
+        batches = math.ceil(equal / self.batch_size)
+        if 0 < batches < 10:
+            self.batch_size = equal // batches
+        self.share = equal - equal % self.batch_size  # images per epoch
 
     def __len__(self) -> int:
         return math.ceil(self.share / self.batch_size)
@@ -1848,7 +1857,8 @@ class ConvBlock(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.dirac_(layer.weight.data[: layer.in_channels])  # starts as the identity
             else:
-                layer.weight.requires_grad = False  # redundant: the next convolution can scale
+                # As in airbench: the next convolution can mostly make up for it.
+                layer.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in, S, S)
         x = F.max_pool2d(self.conv1(x), 2, stride=1)
@@ -2151,7 +2161,9 @@ HEAD_MEMORY = 3.0  # the time constant of their momentum, as a multiple of the c
 SPEED_TRIAL = 10.0  # seconds after which the speed is known
 COMPILED_UPDATES = 2000  # from which compiling on CUDA, which takes up to a minute, pays
 TRIED_BATCH = 2048  # the largest that the rates were tried with, which grow with the batch
-CERTAIN_MARGIN = 6.877  # of logits; with it CIFAR-10's temperature is 0.54, the best on a holdout
+CERTAIN_MARGIN = (
+    6.877  # of ten logits; with it CIFAR-10's temperature is 0.54, the best on a holdout
+)
 MOST_TEMPERATURE = 0.9  # without smoothing; 0.75 is best on a holdout after 4 epochs, 1 too high
 CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv:1706.04599
 
@@ -2184,16 +2196,18 @@ class Muon(torch.optim.Optimizer):
     """
 
     @classmethod
-    def for_model(cls, model: CifarNet, config: Config, batch: int) -> Muon:
+    def for_model(cls, model: CifarNet, config: Config, batch: int, updates: int) -> Muon:
         """The optimizer for `batch` images per update, with rates scaled from the reference batch.
 
         An epoch progresses equally at every batch size: momentum spans the same number of images,
         and rates grow with the batch (arXiv:1706.02677). SGD's gain from momentum is divided out.
+        SGD's momentum spans at most a fourth of all `updates`, or few pictures would not move it.
         """
         ratio = batch / REFERENCE_BATCH
         slow = 1 - (1 - config.momentum) / HEAD_MEMORY  # momentum of the head and the biases
+        slower = min(slow**ratio, 1 - min(1.0, 4 / updates))
         lr = config.peak_lr * ratio
-        sgd = lr * (1 - slow**ratio) / (1 - slow)
+        sgd = lr * (1 - slower) / (1 - slow)
         rates = {"filters": lr, "head": HEAD_RATE * sgd, "biases": BIAS_RATE * sgd}
         groups = []
         for name, parameters in model.parameter_groups().items():
@@ -2202,7 +2216,7 @@ class Muon(torch.optim.Optimizer):
                 group |= {"momentum": config.momentum**ratio, "weight_decay": 0.0}
             else:  # the division: `step` multiplies the decay by the rate
                 decay = config.weight_decay * ratio / rates[name]
-                group |= {"momentum": slow**ratio, "weight_decay": decay}
+                group |= {"momentum": slower, "weight_decay": decay}
             groups.append(group)
         return cls(groups, {})
 
@@ -2246,8 +2260,8 @@ def usual_temperature(smoothing: float, classes: int) -> float:
     """
     if not smoothing:
         return MOST_TEMPERATURE
-    rest = smoothing / classes
-    return min(MOST_TEMPERATURE, math.log((1 - smoothing + rest) / rest) / CERTAIN_MARGIN)
+    rest, margin = smoothing / classes, CERTAIN_MARGIN + math.log((classes - 1) / 9)
+    return min(MOST_TEMPERATURE, math.log((1 - smoothing + rest) / rest) / margin)
 
 
 class Evaluation(NamedTuple):
@@ -2371,7 +2385,7 @@ def resolved_settings(
     loading = {f"run_{name}": options.get(name, "none") for name in names}
     return loading | {
         "run_dataset": data.name,
-        "run_train_images": len(data.train),
+        "run_train_images": len(data.train) or "not read",
         "run_amp_dtype": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
         "run_amp_reason": runtime.amp_reason,
         "run_compile": report.active,
@@ -2419,32 +2433,38 @@ class Training:
     def __init__(self, config: Config, data: ImageData, runtime: Runtime) -> None:
         self.config, self.data, self.runtime = config, data, runtime
         self.sampler = BatchSampler(len(data.train), config, runtime)
-        batches, share = len(self.sampler), self.sampler.share
+        batches = len(self.sampler)
         if not batches:
             count, processes = len(data.train), runtime.world_size
             raise UserError(f"{count} training images are too few for {processes} processes")
         options = loader_options(config.num_workers, runtime)
         self.loader = build_loader(data.train, self.sampler, options)
 
-        # An update cannot span more than one epoch.
-        self.steps = min(config.accumulate_grad_steps, batches)
-        self.total = config.epochs * math.ceil(batches / self.steps)  # updates in all epochs
+        # An update cannot span more than one epoch; all of an epoch span about as many batches.
+        updates = math.ceil(batches / config.accumulate_grad_steps)
+        self.steps = math.ceil(batches / updates)
+        self.total = config.epochs * updates  # updates in all epochs
         self.updates = 0  # those done
         self.skipped = 0  # those that a float16 overflow prevented
 
         torch.manual_seed(config.seed)
         self.model = build_model(config, data).train()
-        example = data.train.images[: min(share, config.batch_size)]
+        if not config.init_from:  # BatchNorm's first statistics must not weigh 1% in the end
+            least = 1 - 0.01 ** (1 / (config.epochs * batches))
+            for layer in self.model.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.momentum = max(cast(float, layer.momentum), least)
+        example = data.train.images[: self.sampler.batch_size]
         sizes = {config.image_size(tenths / 10) for tenths in range(10)}  # all of the schedule's
         examples = [resize(example, size) for size in sizes]
         compile = config.compile
-        if compile is None and self.total < COMPILED_UPDATES:
+        if compile is None and runtime.device.type == "cuda" and self.total < COMPILED_UPDATES:
             compile = False
         net, self.report = accelerate(self.model, runtime, compile, *examples)
         self.replica: Any = runtime.distribute(net)
 
-        batch = min(config.batch_size * self.steps, share) * runtime.world_size
-        self.optimizer = Muon.for_model(self.model, config, batch)
+        batch = self.sampler.batch_size * self.steps * runtime.world_size
+        self.optimizer = Muon.for_model(self.model, config, batch, self.total)
         enabled = runtime.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=enabled)
 
@@ -3285,13 +3305,13 @@ def train_seed(
         tracker.log_metrics(final)
         headline, seconds = found.headline(data.evaluation_name), duration(final["train_seconds"])
         text = f"{headline} after {config.epochs} epochs in {seconds}"
-        model: Files = {"the model": lambda: path} if path else {}
-        tracker.log_outcome(f"**{text}**", found.files(data.class_names) | model)
+        note, model = f"**{text}**", cast(Files, {"the model": lambda: path} if path else {})
         result |= {"seed": config.seed, "run_id": tracker.run_id, "model_path": path and str(path)}
         text += f"; model: {path}" if path else ""
         if data.name not in DATASETS:  # small test sets, and classes that their owner knows
             text = f"{text}\n{found.details(data.class_names)}"
         emit({"event": "result"} | result, text, config, runtime)
+        tracker.log_outcome(note, found.files(data.class_names) | model)  # may take minutes
     in_place = path == config.model_file
     if in_place and not tracker.pending:
         with contextlib.suppress(PermissionError):  # a scanner may have it open (Windows)
@@ -3364,17 +3384,17 @@ def run_evaluate(config: Config, runtime: Runtime) -> int:
     with open_tracker(config, runtime) as tracker:
         tracker.log_settings(resolved_settings(runtime, {}, report, data), data)
         found = evaluate(net, data, runtime, tta, saved.temperature)
-        result, text = found.record(name), found.headline(name)
+        result, headline = found.record(name), found.headline(name)
         tracker.log_metrics(result | {"evaluation_seconds": found.seconds})
-        tracker.log_outcome(f"**{text}**", found.files(data.class_names))
-    text += f", loss {found.loss:.4f}, calibration error {found.ece:.2%}"
-    lines = [f"{text}, {len(images)} images in {found.seconds:.1f} s"]
-    if data.name not in DATASETS:
-        lines.append("Measured on the letterbox, without the center squares that predict adds.")
-    lines.append(found.details(data.class_names))
-    per_class = found.per_class(data.class_names)
-    record = {"event": "result"} | result | {"per_class": per_class, "seconds": found.seconds}
-    emit(record, "\n".join(lines), config, runtime)
+        text = f"{headline}, loss {found.loss:.4f}, calibration error {found.ece:.2%}"
+        lines = [f"{text}, {len(images)} images in {found.seconds:.1f} s"]
+        if data.name not in DATASETS:
+            lines.append("Measured on the letterbox, without the center squares that predict adds.")
+        lines.append(found.details(data.class_names))
+        per_class = found.per_class(data.class_names)
+        record = {"event": "result"} | result | {"per_class": per_class, "seconds": found.seconds}
+        emit(record, "\n".join(lines), config, runtime)
+        tracker.log_outcome(f"**{headline}**", found.files(data.class_names))
     return 0
 
 
@@ -3851,7 +3871,7 @@ def run_mode(config: Config) -> int:
         if not (text := explain(error, config)):
             raise
         with contextlib.suppress(OSError):  # a terminal that was closed
-            tqdm.write(f"classifier.py: {text}", sys.stderr)
+            tqdm.write(f"classifier.py: {text}", sys.stderr, nolock=True)
         return 1
 
 
