@@ -2260,8 +2260,8 @@ def usual_temperature(smoothing: float, classes: int) -> float:
     """
     if not smoothing:
         return MOST_TEMPERATURE
-    rest, margin = smoothing / classes, CERTAIN_MARGIN + math.log((classes - 1) / 9)
-    return min(MOST_TEMPERATURE, math.log((1 - smoothing + rest) / rest) / margin)
+    rest = smoothing / classes
+    return min(MOST_TEMPERATURE, math.log((1 - smoothing + rest) / rest) / CERTAIN_MARGIN)
 
 
 class Evaluation(NamedTuple):

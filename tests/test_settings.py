@@ -94,6 +94,7 @@ def test_short_forms_are_unique():
         ("--epochs 8", "e8"),
         ("--batch-size 64 --epochs 8 --lr 0.01", "e8 b64 lr0.01"),
         ("--amp --no-flip", "amp noflip"),
+        ("--init-from --lr 0.01", "from-incl lr0.01"),
         ("--mode evaluate", "eval"),
         ("--mode benchmark --width 8", "bench w8"),
         ("--epochs 8 --label-smoothing 0.1234567", "e8 ls0.123457"),
