@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of tiny networks, threads only wait for each other
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-    os.environ.pop(name, None)  # a cluster's
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -115,6 +113,9 @@ def bomb(width=30000, height=30000):
 
 
 def pytest_configure(config):
+    # A cluster's. Not at import: the processes of torchrun, which import this file, have their own.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
     config.addinivalue_line("markers", "slow: takes long; left out unless asked for with -m slow")
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
 
