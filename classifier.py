@@ -3156,13 +3156,13 @@ def emit(record: Record, text: str, config: Config, runtime: Runtime) -> None:
     """A result: `text` on stdout, or with --json `record` there and `text` on stderr."""
     if runtime.rank:
         return
-    lines = [json.dumps(record, allow_nan=False)] if config.json and record else []
-    if text and config.json:
-        log(text)
-    elif text:
-        lines = [text]
+    line = text
+    if config.json:
+        line = json.dumps(record, allow_nan=False) if record else ""
+        if text:
+            log(text)
     try:
-        for line in lines:
+        if line:
             print(line, flush=True)
     except OSError as error:  # a full disk, or a terminal that was closed
         if os.name == "nt" and error.errno == errno.EINVAL:  # a closed pipe (python/cpython#79935)
